@@ -1,0 +1,101 @@
+"""See how a neural network learns, scale by scale, while it trains.
+
+The estimators import neither Lightning, nor TensorBoard, nor matplotlib; the callbacks are loaded on first use.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from grsd_callbacks.density import SpectralDensity, spectral_density
+from grsd_callbacks.emission import Emission, Histogram
+from grsd_callbacks.exponents import (
+    PowerLawFit,
+    closure,
+    elasticity,
+    fit_energy,
+    fit_loss,
+    fit_power_law,
+    fit_scaling_law,
+    fit_spectrum,
+    fit_tail,
+    frontier,
+    progress_contour,
+    velocity_exponents,
+)
+from grsd_callbacks.flux import KernelState, ShellFlux, four_corner_flux
+from grsd_callbacks.guard import undisturbed
+from grsd_callbacks.kernel import NTKOperator
+from grsd_callbacks.losses import Loss, resolve_loss
+from grsd_callbacks.measure import Instant, Settings, measure
+from grsd_callbacks.monitor import MeasurementWarning, ShellMonitor
+from grsd_callbacks.optimizer import StepSize, step_size
+from grsd_callbacks.probe import Probe
+from grsd_callbacks.shells import ShellBudget, ShellGrid, shell_budget
+from grsd_callbacks.sinks import JSONLinesSink, LoggerSink, MemorySink, Sink, TensorBoardSink, read_json_lines
+from grsd_callbacks.snapshot import Snapshot
+from grsd_callbacks.spectrum import Eigendecomposition, SpectralMeasure, eigendecomposition, spectral_measure
+from grsd_callbacks.tags import TAGS, Tag
+
+if TYPE_CHECKING:
+    from grsd_callbacks.callbacks import ShellDynamicsCallback
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "TAGS",
+    "Eigendecomposition",
+    "Emission",
+    "Histogram",
+    "Instant",
+    "JSONLinesSink",
+    "KernelState",
+    "LoggerSink",
+    "Loss",
+    "MeasurementWarning",
+    "MemorySink",
+    "NTKOperator",
+    "PowerLawFit",
+    "Probe",
+    "Settings",
+    "ShellBudget",
+    "ShellDynamicsCallback",
+    "ShellFlux",
+    "ShellGrid",
+    "ShellMonitor",
+    "Sink",
+    "Snapshot",
+    "SpectralDensity",
+    "SpectralMeasure",
+    "StepSize",
+    "Tag",
+    "TensorBoardSink",
+    "closure",
+    "eigendecomposition",
+    "elasticity",
+    "fit_energy",
+    "fit_loss",
+    "fit_power_law",
+    "fit_scaling_law",
+    "fit_spectrum",
+    "fit_tail",
+    "four_corner_flux",
+    "frontier",
+    "measure",
+    "progress_contour",
+    "read_json_lines",
+    "resolve_loss",
+    "shell_budget",
+    "spectral_density",
+    "spectral_measure",
+    "step_size",
+    "undisturbed",
+    "velocity_exponents",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load the Lightning callbacks only when they are asked for."""
+    if name == "ShellDynamicsCallback":
+        from grsd_callbacks import callbacks
+
+        return getattr(callbacks, name)
+    raise AttributeError(f"module 'grsd_callbacks' has no attribute {name!r}")

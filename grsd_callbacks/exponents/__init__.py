@@ -1,0 +1,45 @@
+"""Exponents one can believe: power laws with intervals that cover and verdicts that can be "no".
+
+Numbers in, small frozen records out; numpy only. Wrong use raises; too little data gives a record with NaN and a
+reason.
+
+| question | function | exponent returned |
+|---|---|---|
+| is y a power of x? | `fit_power_law` | slope (negative for decay) |
+| how fast does the spectrum fall? | `fit_spectrum` | a of `lambda_i ~ i^-a`, positive |
+| how heavy is the tail of its density? | `fit_tail` | alpha of `p ~ lambda^-alpha`, positive |
+| how is energy spread over scales? | `fit_energy` | q of `E_a ~ lambda^q` |
+| how fast does the loss fall? | `fit_loss` | chi of `L ~ t^-chi`, positive |
+| where is the frontier? | `frontier`, `progress_contour` | (a lambda) |
+| how fast does it move? | `elasticity` | rho of `lambda* ~ t^-rho`, positive |
+| how do modes drift? | `velocity_exponents` | b, p of `v = c lambda^b t^p` |
+| is there a floor? | `fit_scaling_law` | alpha of `A x^-alpha + floor`, positive |
+| do they fit together? | `closure`, `combine` | (a difference) |
+"""
+
+from .dynamics import elasticity, fit_loss, frontier, progress_contour
+from .powerlaw import fit_power_law
+from .records import Closure, Estimate, PowerLawFit, VelocityExponents
+from .scaling import closure, combine, fit_scaling_law
+from .spectrum import fit_energy, fit_spectrum
+from .tail import fit_tail
+from .velocity import velocity_exponents
+
+__all__ = [
+    "Closure",
+    "Estimate",
+    "PowerLawFit",
+    "VelocityExponents",
+    "closure",
+    "combine",
+    "elasticity",
+    "fit_energy",
+    "fit_loss",
+    "fit_power_law",
+    "fit_scaling_law",
+    "fit_spectrum",
+    "fit_tail",
+    "frontier",
+    "progress_contour",
+    "velocity_exponents",
+]

@@ -1,0 +1,209 @@
+"""A model as a pure function of its parameters, theta -> f(theta), on private copies.
+
+Everything a forward can touch is a copy: trainable parameters (differentiable leaves), frozen parameters
+and buffers. All work runs inside one `torch.func.functional_call` of a wrapper module, so that a forward
+that is run again later (activation checkpointing) still sees the copies.
+
+Letters: n samples, C outputs per sample, m = n C, P parameters.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.parameter import UninitializedParameter
+from torch.utils._pytree import tree_map
+
+from grsd_callbacks.guard import undisturbed
+
+T = TypeVar("T")
+ParameterFilter = Callable[[str, nn.Parameter], bool] | Iterable[str] | str | None
+
+
+class _Inside(nn.Module):
+    """Runs a function while functional_call has the copies in place of the model's tensors."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[[], T]) -> T:
+        return function()
+
+
+class ModelFunction:
+    """The map theta -> outputs of a module, evaluated on copies, leaving the module bit-identical.
+
+    Args:
+        model: any `nn.Module` in eager mode or compiled by `torch.compile`.
+        params: which trainable parameters form theta: None (all that require a gradient), a predicate
+            `(name, parameter) -> bool`, or name patterns such as `"head.*"`.
+        outputs: function from the raw model output to a tensor of shape (n, ...); None understands a
+            tensor, an object or mapping with `logits`, and a one-element tuple.
+        dtype: floating dtype of the copies; None keeps float32/float64 and raises half precision to float32.
+        mode: "eval" (dropout off, running statistics; the default) or "train".
+
+    Raises:
+        ValueError: no trainable parameters, uninitialised, complex, sharded or scripted modules.
+
+    Cost: one copy of parameters and buffers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        params: ParameterFilter = None,
+        outputs: Callable[[Any], Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+        mode: str = "eval",
+    ) -> None:
+        selected = select_parameters(model, params)
+        self.model = model
+        self.mode = mode
+        self._extract = outputs
+        self._target = dtype or _working_dtype(selected.values())
+        self._inside = False
+        self.parameters = {name: self._copy(p).requires_grad_() for name, p in selected.items()}
+        rest = {name: p for name, p in model.named_parameters() if name not in selected}
+        self._constants = {name: self._copy(t) for name, t in [*rest.items(), *model.named_buffers()]}
+        self._wrapper = _Inside(model)
+        self._wrapper.training = model.training
+
+    @property
+    def num_parameters(self) -> int:
+        """P, the length of theta."""
+        return sum(p.numel() for p in self.parameters.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating dtype of the copies."""
+        return self._target
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first selected parameter."""
+        return next(iter(self.parameters.values())).device
+
+    def run(self, function: Callable[[], T]) -> T:
+        """Call `function` with the copies in place and the model guarded; nested calls are free."""
+        if self._inside:
+            return function()
+        self._inside = True
+        try:
+            with undisturbed(self.model, mode=self.mode):
+                return self._call(self.parameters, function)
+        finally:
+            self._inside = False
+
+    def raw(self, inputs: Any, parameters: dict[str, Tensor] | None = None) -> Any:
+        """The module's own output on `inputs` at `parameters` (default: the copies). Call inside `run`."""
+        inputs = tree_map(self._as_input, inputs)
+        if parameters is None:
+            return _call_model(self.model, inputs)
+        return self._call(parameters, lambda: _call_model(self.model, inputs))
+
+    def outputs(self, inputs: Any, parameters: dict[str, Tensor] | None = None) -> Tensor:
+        """f, shape (n, ...), differentiable in the copies. Call inside `run`."""
+        return as_outputs(self.raw(inputs, parameters), self._extract)
+
+    def _call(self, parameters: dict[str, Tensor], function: Callable[[], T]) -> T:
+        tensors = {f"model.{name}": t for name, t in {**self._constants, **parameters}.items()}
+        return functional_call(self._wrapper, tensors, (function,))
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        copy = tensor.detach().clone()
+        return copy.to(self._target) if copy.is_floating_point() else copy
+
+    def _as_input(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        leaf = leaf.detach().to(self.device)
+        return leaf.to(self._target) if leaf.is_floating_point() else leaf
+
+
+def select_parameters(model: nn.Module, params: ParameterFilter = None) -> dict[str, nn.Parameter]:
+    """The trainable parameters named by `params`, in the module's order, tied ones once.
+
+    Raises:
+        TypeError: `model` is no module, or `params` of an unknown kind.
+        ValueError: nothing is selected, or something that cannot be differentiated.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule) or any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        raise ValueError("model holds a torch.jit module, which cannot be differentiated functionally; use the original")
+    keep = _predicate(params)
+    selected = {}
+    for name, p in model.named_parameters():
+        if isinstance(p, UninitializedParameter):
+            raise ValueError(f"parameter {name!r} is not initialised yet; run one forward (lazy modules) before measuring")
+        if not p.requires_grad or not keep(name, p):
+            continue
+        if p.is_complex():
+            raise ValueError(f"parameter {name!r} is complex; complex parameters are not supported, exclude it by params=")
+        if hasattr(p, "full_tensor"):
+            raise ValueError(f"parameter {name!r} is sharded (DTensor); measure an unsharded copy of the model")
+        selected[name] = p
+    if not selected:
+        why = "params= selects none of them" if any(p.requires_grad for p in model.parameters()) else "none has any"
+        raise ValueError(f"model has no trainable parameters to measure ({why}); nothing to differentiate")
+    return selected
+
+
+def _predicate(params: ParameterFilter) -> Callable[[str, nn.Parameter], bool]:
+    if params is None:
+        return lambda name, p: True
+    if callable(params):
+        return params
+    patterns = [params] if isinstance(params, str) else list(params)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError("params must be None, a predicate (name, parameter) -> bool, or name patterns")
+    return lambda name, p: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _working_dtype(parameters: Iterable[Tensor]) -> torch.dtype:
+    """float64 if every parameter is, else float32 (half precision is raised to it)."""
+    return torch.float64 if all(p.dtype == torch.float64 for p in parameters) else torch.float32
+
+
+def _call_model(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(inputs)
+
+
+def as_outputs(raw: Any, extract: Callable[[Any], Tensor] | None = None) -> Tensor:
+    """The output tensor f, shape (n, ...), of a raw model output.
+
+    Raises:
+        ValueError: no floating tensor with a sample dimension can be found; names the `outputs=` remedy.
+    """
+    value = extract(raw) if extract is not None else _guess_output(raw)
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"outputs: expected a tensor of shape (n, ...) from the model, got {type(value).__name__}; "
+            "give outputs= a function that picks the tensor"
+        )
+    if value.dim() == 0:
+        raise ValueError("outputs: the model returned a scalar; outputs must have shape (n, ...), one row per sample")
+    if not value.is_floating_point():
+        raise ValueError(f"outputs: the model returned {value.dtype}, which is not differentiable; pick a floating output")
+    return value
+
+
+def _guess_output(raw: Any) -> Any:
+    if isinstance(raw, Mapping) and "logits" in raw:
+        return raw["logits"]
+    if not isinstance(raw, Tensor) and isinstance(getattr(raw, "logits", None), Tensor):
+        return raw.logits
+    if isinstance(raw, (tuple, list)) and len(raw) == 1:
+        return raw[0]
+    return raw

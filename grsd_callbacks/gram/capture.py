@@ -1,0 +1,116 @@
+"""One forward with its layers recorded: which parameter is used where, and nowhere else.
+
+A parameter is read from recorded calls only if the autograd graph has exactly as many uses of it as calls were
+recorded; what is tied, reparametrised or used by hand then shows as a difference and is left to explicit rows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from grsd_callbacks.functional import ModelFunction
+from grsd_callbacks.layers import Call, rule_of
+
+Uses = dict[str, list[tuple[Call, str]]]
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """A forward on n samples.
+
+    Attributes:
+        outputs: f, shape (n, C), with its graph.
+        calls: recorded layer calls that reach f, in order.
+        uses: by parameter, its (call, role) pairs, for parameters used by recorded calls alone.
+        unused: parameters that do not reach f.
+    """
+
+    outputs: Tensor
+    calls: list[Call]
+    uses: Uses
+    unused: set[str]
+
+
+def record(function: ModelFunction, inputs: Any, n: int) -> Record:
+    """Run the model on `inputs`, n samples, inside `function.run`.
+
+    Raises:
+        ValueError: the outputs do not have one row per sample, or do not depend on the parameters.
+    """
+    with recording(function) as calls, torch.enable_grad():
+        outputs = function.outputs(inputs)
+    if outputs.shape[0] != n:
+        raise ValueError(
+            f"outputs must have one row per sample: inputs have {n} samples, "
+            f"the model returned shape {tuple(outputs.shape)}"
+        )
+    if not outputs.requires_grad:
+        raise ValueError("outputs do not depend on the selected parameters (detached, or under no_grad?)")
+    outputs = outputs.reshape(n, -1)
+    nodes, uses_in_graph = _walk(outputs)
+    calls = [call for call in calls if call.edge.node in nodes]
+    found: Uses = {}
+    for call in calls:
+        for role, name in call.names.items():
+            found.setdefault(name, []).append((call, role))
+    counts = {name: uses_in_graph[id(p)] for name, p in function.parameters.items()}
+    uses = {name: pairs for name, pairs in found.items() if counts[name] == len(pairs)}
+    return Record(outputs, calls, uses, {name for name, count in counts.items() if count == 0})
+
+
+@contextmanager
+def recording(function: ModelFunction) -> Iterator[list[Call]]:
+    """Record calls of known layers that use measured parameters; hooks see raw outputs and are removed after."""
+    names = {id(p): name for name, p in function.parameters.items()}
+    calls: list[Call] = []
+    handles = []
+    for module in function.model.modules():
+        if rule_of(module) is not None and any(id(p) in names for p in module._parameters.values()):
+            hook = _recorder(names, calls)
+            handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _recorder(names: dict[int, str], calls: list[Call]) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        x = args[0] if args else kwargs.get("input")
+        rule = rule_of(module)
+        if rule is None or not isinstance(x, Tensor) or not isinstance(output, Tensor) or not output.requires_grad:
+            return
+        kind, holds = rule
+        used = {role: names[id(p)] for role, p in module._parameters.items() if p is not None and id(p) in names}
+        if used and holds(module, x):
+            calls.append(kind(module, used, x, output))
+
+    return hook
+
+
+def _walk(outputs: Tensor) -> tuple[set[Node], Counter[int]]:
+    """All nodes of the graph, and for every leaf (by id) the number of edges into it."""
+    assert outputs.grad_fn is not None
+    seen: set[Node] = {outputs.grad_fn}
+    leaves: Counter[int] = Counter()
+    stack = [outputs.grad_fn]
+    while stack:
+        for node, _ in stack.pop().next_functions:
+            if node is None:
+                continue
+            leaf = getattr(node, "variable", None)
+            if leaf is not None:
+                leaves[id(leaf)] += 1
+            elif node not in seen:
+                seen.add(node)
+                stack.append(node)
+    return seen, leaves

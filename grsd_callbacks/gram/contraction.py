@@ -1,0 +1,148 @@
+"""Sums of products that make up a Gram matrix, accumulated in float64 without a float64 copy of the factors.
+
+    rows       K += X X^T                                             X (m, w), gathered until w is worth a product
+    outer      K[ic, jd] += (a_i . a_j) (b_ic . b_jd)                 one position
+    positions  K[ic, jd] += sum_tu (a_it . a_ju) (b_ict . b_jdu)      several positions
+
+Only entries on and above the diagonal are computed; `finish` mirrors them.
+
+Letters: n samples, C outputs, m = n C rows, T positions, p and q the sizes of the factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+#: triangle blocks smaller than this many rows cost more in calls than they save in multiplications
+_MIN_BLOCK = 40
+_MAX_BLOCKS = 8
+
+
+class Accumulator:
+    """A symmetric (m, m) matrix that grows by products.
+
+    Args:
+        n, width: samples and outputs per sample, m = n width.
+        dtype, device: of the matrix and of all sums.
+        memory_limit: bytes of temporary copies held at a time.
+    """
+
+    def __init__(self, n: int, width: int, dtype: torch.dtype, device: torch.device, memory_limit: int) -> None:
+        self.n, self.width, self.dtype = n, width, dtype
+        self.memory_limit = memory_limit
+        m = n * width
+        self.matrix = torch.zeros(m, m, dtype=dtype, device=device)
+        self._by_sample = self.matrix.view(n, width, n, width)
+        #: columns of rows held in float64 at a time
+        self.columns = max(1, min(memory_limit // (8 * max(m, 1)), max(1024, m)))
+        self._buffer: Tensor | None = None
+        self._filled = 0
+
+    def rows(self, piece: Tensor) -> None:
+        """K += X X^T for columns X of J, shape (n, C, w)."""
+        piece = piece.reshape(self.n * self.width, -1)
+        start = 0
+        while start < piece.shape[1]:
+            target = self.reserve(min(self.columns, piece.shape[1] - start))
+            target.copy_(piece[:, start : start + target.shape[1]])
+            start += target.shape[1]
+
+    def reserve(self, width: int) -> Tensor:
+        """Uninitialised columns (m, <= width) of the buffer, for the caller to fill at once."""
+        if self._buffer is None:
+            m = self.n * self.width
+            self._buffer = torch.empty(m, self.columns, dtype=self.dtype, device=self.matrix.device)
+        if self._filled == self.columns:
+            self.flush()
+        taken = min(width, self.columns - self._filled)
+        target = self._buffer[:, self._filled : self._filled + taken]
+        self._filled += taken
+        return target
+
+    def flush(self) -> None:
+        """Multiply what `rows` gathered."""
+        if self._filled and self._buffer is not None:
+            x = self._buffer[:, : self._filled]
+            for rows in self._blocks():
+                self.matrix[rows, rows.start :].addmm_(x[rows], x[rows.start :].T)
+        self._filled = 0
+
+    def outer(self, left: Tensor, right: Tensor, plus_one: bool) -> None:
+        """K[ic, jd] += (a_i . a_j [+ 1]) (b_ic . b_jd); left (n, p), right (n, C, q)."""
+        scale = self._gram(left)
+        if plus_one:
+            scale += 1
+        parts = list(self._columns(right.reshape(self.n * self.width, -1)))
+        whole = self._wide(parts[0]) if len(parts) == 1 else None
+        for rows in self._blocks():
+            total: Tensor | None = None
+            for part in parts:
+                b = whole if whole is not None else self._wide(part)
+                product = b[rows] @ b[rows.start :].T
+                total = product if total is None else total.add_(product)
+            i, j = rows.start // self.width, rows.stop // self.width
+            assert total is not None
+            product = total.view(j - i, self.width, self.n - i, self.width)
+            self._by_sample[i:j, :, i:].addcmul_(product, scale[i:j, None, i:, None])
+
+    def positions(self, left: Callable[[slice], Tensor], right: Tensor, plus_one: bool) -> None:
+        """K[ic, jd] += sum_tu (a_it . a_ju [+ 1]) (b_ict . b_jdu); left(slice) (k, T, p), right (n, C, T, q)."""
+        T, q = right.shape[2:]
+        step = self._pair_block(T, q)
+        for i in range(0, self.n, step):
+            I = slice(i, min(i + step, self.n))  # noqa: E741
+            a_i = self._wide(left(I))
+            b_i = self._wide(right[I]).flatten(2)
+            for j in range(i, self.n, step):
+                J = slice(j, min(j + step, self.n))
+                a_j = a_i if i == j else self._wide(left(J))
+                gram = torch.einsum("itp,jup->jitu", a_i, a_j)
+                if plus_one:
+                    gram += 1
+                b_j = self._wide(right[J].transpose(1, 2)).flatten(2)
+                half = torch.bmm(gram.flatten(1, 2), b_j).view(len(a_j), len(a_i), T, self.width, q)
+                half = half.permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2)  # (I, J C, T q)
+                block = torch.bmm(b_i, half.mT).view(len(a_i), self.width, len(a_j), self.width)
+                self._by_sample[I, :, J] += block
+
+    def finish(self) -> Tensor:
+        """The symmetric matrix."""
+        self.flush()
+        self._buffer = None
+        K = self.matrix
+        for rows in self._blocks():
+            corner = K[rows, rows]
+            corner.copy_(corner.triu() + corner.triu(1).T)
+            K[rows.stop :, rows] = K[rows, rows.stop :].T
+        return K
+
+    def _pair_block(self, T: int, q: int) -> int:
+        """Samples whose pairwise intermediate, twice, stays in the bound."""
+        bytes_per_pair = 2 * 8 * T * (self.width * q + T)
+        return max(1, min(self.n, int((self.memory_limit / bytes_per_pair) ** 0.5)))
+
+    def _gram(self, left: Tensor) -> Tensor:
+        total: Tensor | None = None
+        for part in self._columns(left):
+            a = self._wide(part)
+            total = a @ a.T if total is None else total.addmm_(a, a.T)
+        assert total is not None
+        return total
+
+    def _columns(self, x: Tensor) -> Iterator[Tensor]:
+        """Column chunks whose float64 copy stays in the bound."""
+        return iter(x.split(max(1, self.memory_limit // (8 * max(len(x), 1))), dim=1))
+
+    def _wide(self, x: Tensor) -> Tensor:
+        return torch.empty(x.shape, dtype=self.dtype, device=x.device).copy_(x)
+
+    def _blocks(self) -> Iterator[slice]:
+        """Row ranges of whole samples for the block triangle."""
+        count = max(1, min(_MAX_BLOCKS, self.n * self.width // _MIN_BLOCK, self.n))
+        step = -(-self.n // count)
+        return (
+            slice(i * self.width, min(i + step, self.n) * self.width) for i in range(0, self.n, step)
+        )

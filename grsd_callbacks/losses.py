@@ -1,0 +1,251 @@
+"""Losses as residuals: how L(f) becomes the vector r and the scale nu of THEORY (conventions).
+
+    r  = dL/df / sqrt(nu),      M = nu J J^T,      grad L = sqrt(nu) J^T r
+
+For every differentiable loss `r^T M r = |grad L|^2` exactly. For a squared loss `nu` is its curvature,
+`r = sqrt(nu) (f - y)` and `1/2 |r|^2 = L` exactly as well.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+KINDS = ("squared", "cross_entropy", "general")
+
+
+@dataclass(frozen=True, eq=False)
+class Residual:
+    """Loss, residual and scale at one instant.
+
+    Attributes:
+        loss: L on the probe, a float64 scalar on the model's device.
+        residual: r, shape (m,), float64, rows sample-major.
+        nu: the scale in `M = nu J J^T`.
+    """
+
+    loss: Tensor
+    residual: Tensor
+    nu: float
+
+
+@dataclass(frozen=True, eq=False)
+class Loss:
+    """A loss `function(outputs, targets) -> scalar` together with the rule for its scale nu.
+
+    Attributes:
+        function: the differentiable loss itself.
+        kind: "squared" (shell energies sum to the loss), "cross_entropy" (they sum to half the Brier
+            score) or "general" (no such meaning; dissipation still sums to the squared gradient norm).
+        nu: a fixed scale, or None to derive it from the probe (see `scale`).
+    """
+
+    function: Callable[[Any, Any], Tensor]
+    kind: str
+    nu: float | None = None
+
+    @property
+    def energy_is_loss(self) -> bool:
+        """Whether the shell energies sum to the loss."""
+        return self.kind == "squared"
+
+    def scale(self, outputs: Tensor, targets: Any) -> float:
+        """The scale nu: 2/m (mean squared error), one over the averaged targets (cross-entropy), 1/n else."""
+        if self.nu is not None:
+            return self.nu
+        if isinstance(self.function, nn.MSELoss):
+            return 2.0 / outputs.numel() if self.function.reduction == "mean" else 2.0
+        if isinstance(self.function, nn.CrossEntropyLoss):
+            return _cross_entropy_scale(self.function, outputs, targets)
+        return 1.0 / outputs.shape[0]
+
+    def evaluate(self, outputs: Tensor, targets: Any) -> Residual:
+        """L, r and nu at the given outputs, in float64 where the loss allows it.
+
+        Args:
+            outputs: f, shape (n, ...), the model's outputs on the probe.
+            targets: whatever the loss takes as second argument.
+
+        Raises:
+            ValueError: if the loss is not a differentiable scalar of the outputs.
+        """
+        with torch.enable_grad():
+            f = outputs.detach().to(wide_dtype(outputs.device)).requires_grad_()
+            value = self._value(f, targets)
+            (gradient,) = torch.autograd.grad(value, f)
+        nu = self.scale(f, targets)
+        residual = gradient.reshape(-1) / math.sqrt(nu)
+        return Residual(value.detach(), residual, nu)
+
+    def target_vector(self, outputs: Tensor, targets: Any) -> Tensor | None:
+        """What the outputs should become, shape (m,): the targets, or class indicators centred over classes."""
+        if self.kind == "squared" and isinstance(targets, Tensor) and targets.shape == outputs.shape:
+            return targets.reshape(-1)
+        if self.kind != "cross_entropy" or not isinstance(targets, Tensor):
+            return None
+        if targets.is_floating_point():
+            indicators = targets
+        else:
+            kept = targets.clamp(0, outputs.shape[1] - 1).to(outputs.device)
+            indicators = torch.zeros_like(outputs).scatter_(1, kept.unsqueeze(1), 1.0)
+        return (indicators - indicators.mean(1, keepdim=True)).reshape(-1)
+
+    def _value(self, f: Tensor, targets: Any) -> Tensor:
+        value = self.function(f, widened(targets, f))
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"loss must return a scalar tensor, got {got}; use a 'mean' or 'sum' reduction")
+        if not value.requires_grad:
+            raise ValueError("loss does not depend differentiably on the outputs; give a differentiable callable")
+        return value.reshape(())
+
+
+def resolve_loss(loss: Any, nu: float | None = None) -> Loss:
+    """The `Loss` meant by a user's `loss=` argument.
+
+    Args:
+        loss: "mse", "cross_entropy", an `nn.MSELoss`/`nn.CrossEntropyLoss` (its options are respected),
+            the functions `F.mse_loss`/`F.cross_entropy`, or any callable (outputs, targets) -> scalar.
+        nu: scale for `M = nu J J^T`; None takes it from the loss, and 1/n for a general callable unless
+            its curvature is found to be nu times the identity (`calibrate`).
+
+    Raises:
+        ValueError, TypeError: naming what was expected.
+    """
+    if nu is not None and not (isinstance(nu, (int, float)) and math.isfinite(nu) and nu > 0):
+        raise ValueError(f"nu must be a positive number, got {nu!r}")
+    if isinstance(loss, Loss):
+        return loss
+    if loss == "mse" or loss is F.mse_loss:
+        loss = nn.MSELoss()
+    elif loss == "cross_entropy" or loss is F.cross_entropy:
+        loss = nn.CrossEntropyLoss()
+    if isinstance(loss, str):
+        raise ValueError(f"loss must be 'auto', 'mse', 'cross_entropy' or a callable, got {loss!r}")
+    if isinstance(loss, (nn.MSELoss, nn.CrossEntropyLoss)):
+        return _module_loss(loss, nu)
+    if not callable(loss):
+        raise TypeError(f"loss must be 'auto', 'mse', 'cross_entropy' or a callable, got {type(loss).__name__}")
+    return Loss(loss, "general", nu)
+
+
+def _module_loss(loss: nn.MSELoss | nn.CrossEntropyLoss, nu: float | None) -> Loss:
+    if loss.reduction == "none":
+        raise ValueError(f"loss: {type(loss).__name__}(reduction='none') has no scalar value; use 'mean' or 'sum'")
+    function = copy.deepcopy(loss)
+    if getattr(function, "weight", None) is not None:
+        function.weight = function.weight.detach().to(wide_dtype(function.weight.device))
+    return Loss(function, "squared" if isinstance(loss, nn.MSELoss) else "cross_entropy", nu)
+
+
+def calibrate(loss: Loss, outputs: Tensor, targets: Any, seed: int = 0) -> Loss:
+    """Fix the scale of a general callable: its curvature where that is nu times the identity.
+
+    Two products of the loss's Hessian with random vectors (in output space, drawn from a private
+    generator) test `d2L/df2 = nu I`; if it holds, nu is taken from it, and if also `1/2 |r|^2 = L` the
+    loss is treated as squared (so 10 x MSE gives nu = 20/m). Otherwise the loss is returned unchanged.
+    """
+    if loss.kind != "general" or loss.nu is not None:
+        return loss
+    curvature = _scalar_curvature(loss, outputs, targets, seed)
+    if curvature is None:
+        return loss
+    fixed = Loss(loss.function, "general", curvature)
+    at = fixed.evaluate(outputs, targets)
+    half_norm = 0.5 * float(at.residual @ at.residual)
+    is_squared = math.isclose(half_norm, float(at.loss), rel_tol=1e-6, abs_tol=1e-300)
+    return Loss(loss.function, "squared" if is_squared else "general", curvature)
+
+
+def _scalar_curvature(loss: Loss, outputs: Tensor, targets: Any, seed: int) -> float | None:
+    """nu if d2L/df2 = nu I at the outputs (to 1e-6, both at f and at a shifted f), else None."""
+    generator = torch.Generator().manual_seed(seed)
+    found: list[float] = []
+    for shift in (0.0, 1.0):
+        z = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs.device)
+        z = z.to(wide_dtype(outputs.device))
+        with torch.enable_grad():
+            f = (outputs.detach().to(z) + shift * z).requires_grad_()
+            (gradient,) = torch.autograd.grad(loss._value(f, targets), f, create_graph=True)
+            if not gradient.requires_grad:
+                return None
+            (product,) = torch.autograd.grad(gradient, f, z, allow_unused=True)
+        if product is None:
+            return None
+        ratio = float((product * z).sum() / (z * z).sum())
+        if not ratio > 0 or float((product - ratio * z).norm()) > 1e-6 * float(product.norm()):
+            return None
+        found.append(ratio)
+    return found[0] if math.isclose(found[0], found[1], rel_tol=1e-6) else None
+
+
+def _cross_entropy_scale(loss: nn.CrossEntropyLoss, outputs: Tensor, targets: Tensor) -> float:
+    """1 / (number of averaged targets), the sum of their class weights where there are any; 1 for a sum."""
+    if loss.reduction == "sum":
+        return 1.0
+    if targets.is_floating_point():  # class probabilities: torch averages over the positions
+        return 1.0 / (targets.numel() / targets.shape[1])
+    kept = targets[targets != loss.ignore_index]
+    total = float(kept.numel()) if loss.weight is None else float(loss.weight.to(targets.device)[kept].sum())
+    return 1.0 / total if total > 0 else 1.0
+
+
+def check_pair(loss: Loss, outputs: Tensor, targets: Any) -> None:
+    """Refuse outputs and targets that the loss would broadcast or misread.
+
+    Raises:
+        ValueError: with the shapes and the remedy.
+    """
+    if isinstance(loss.function, nn.MSELoss):
+        if not isinstance(targets, Tensor) or targets.shape != outputs.shape:
+            got = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
+            raise ValueError(
+                f"probe targets must have the outputs' shape {tuple(outputs.shape)} for a squared loss, got {got}"
+            )
+    if isinstance(loss.function, nn.CrossEntropyLoss):
+        _check_classes(loss.function, outputs, targets)
+
+
+def _check_classes(loss: nn.CrossEntropyLoss, outputs: Tensor, targets: Any) -> None:
+    if not isinstance(targets, Tensor):
+        raise ValueError(f"probe targets must be a tensor for cross-entropy, got {type(targets).__name__}")
+    if outputs.dim() < 2:
+        raise ValueError(f"outputs must have shape (n, classes, ...) for cross-entropy, got {tuple(outputs.shape)}")
+    if targets.is_floating_point():
+        if targets.shape != outputs.shape:
+            raise ValueError(
+                f"probe targets (class probabilities) must have the outputs' shape {tuple(outputs.shape)}, "
+                f"got {tuple(targets.shape)}"
+            )
+        return
+    expected = (outputs.shape[0], *outputs.shape[2:])
+    if tuple(targets.shape) != expected:
+        raise ValueError(
+            f"probe targets (class indices) must have shape {expected} for outputs of shape "
+            f"{tuple(outputs.shape)}, got {tuple(targets.shape)}"
+        )
+    valid = targets[targets != loss.ignore_index]
+    if valid.numel() and (int(valid.min()) < 0 or int(valid.max()) >= outputs.shape[1]):
+        raise ValueError(
+            f"probe targets must be class indices in [0, {outputs.shape[1]}), "
+            f"got values from {int(valid.min())} to {int(valid.max())}"
+        )
+
+
+def wide_dtype(device: torch.device | str) -> torch.dtype:
+    """float64, or float32 on devices without it (MPS)."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
+def widened(targets: Any, like: Tensor) -> Any:
+    """Floating targets in the dtype and on the device of `like`; others only moved."""
+    if not isinstance(targets, Tensor):
+        return targets
+    return targets.to(like) if targets.is_floating_point() else targets.to(like.device)

@@ -1,0 +1,317 @@
+"""One instant: model, probe and loss in, everything that needs no history out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grsd_callbacks.density import spectral_density
+from grsd_callbacks.flux import KernelState
+from grsd_callbacks.functional import ParameterFilter
+from grsd_callbacks.gram import exact_gram
+from grsd_callbacks.kernel import NTKOperator, synchronise
+from grsd_callbacks.losses import Loss, Residual, check_pair, wide_dtype, widened
+from grsd_callbacks.probe import Probe
+from grsd_callbacks.shells import ShellBudget, ShellGrid, shell_budget
+from grsd_callbacks.spectrum import (
+    RELATIVE_FLOOR,
+    Eigendecomposition,
+    SpectralMeasure,
+    eigendecomposition,
+    spectral_measure,
+)
+
+METHODS = ("auto", "exact", "krylov")
+#: largest m = n C for which "auto" takes the exact kernel, by device type
+MAX_EXACT = {"cpu": 1024, "cuda": 4096}
+#: decades of headroom above lambda_max of the first measurement, and the deepest grid
+HEADROOM, MAX_DECADES = 2.0, 12.0
+
+
+class BadState(RuntimeError):
+    """The run is in a state that cannot be measured (NaN or Inf); the next measurement may work again."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    Attributes:
+        method: "auto", "exact" or "krylov".
+        num_matvecs: kernel products for the residual's spectral measure (krylov).
+        num_density_matvecs: kernel products for eigenvalue counts (krylov), 0 for none.
+        shells_per_decade: shells a decade of eigenvalues.
+        params, outputs, dtype: see `NTKOperator`.
+        memory_limit: bytes of explicit rows of J held at a time (exact), None for the default.
+        seed: of the private generator behind random probe vectors, the same at every measurement.
+    """
+
+    method: str = "auto"
+    num_matvecs: int = 64
+    num_density_matvecs: int = 32
+    shells_per_decade: int = 3
+    params: ParameterFilter = None
+    outputs: Callable[[Any], Tensor] | None = None
+    dtype: torch.dtype | None = None
+    memory_limit: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {METHODS}, got {self.method!r}")
+        for name, least in (("num_matvecs", 2), ("num_density_matvecs", 0), ("shells_per_decade", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        if self.dtype not in (None, torch.float32, torch.float64):
+            raise ValueError(f"dtype must be torch.float32, torch.float64 or None, got {self.dtype!r}")
+        if self.memory_limit is not None and not self.memory_limit > 0:
+            raise ValueError(f"memory_limit must be a positive number of bytes, got {self.memory_limit!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class Instant:
+    """What one measurement found, before it is set against the run's history.
+
+    Attributes:
+        method: "exact" or "krylov".
+        loss, grad_norm_sq, nu: scalars.
+        state: basis, eigenvalues and residual, kept for transport.
+        budget: shell contents.
+        eigenvalues, weights: see `Snapshot`.
+        summary, health, cost, paths: see `Snapshot`.
+    """
+
+    method: str
+    loss: float
+    grad_norm_sq: float
+    nu: float
+    num_samples: int
+    num_outputs: int
+    state: KernelState
+    budget: ShellBudget
+    eigenvalues: Tensor
+    weights: Tensor | None
+    summary: dict[str, float]
+    health: dict[str, float] = field(default_factory=dict)
+    cost: dict[str, float] = field(default_factory=dict)
+    paths: dict[str, str] = field(default_factory=dict)
+
+
+def measure(
+    model: nn.Module, probe: Probe, loss: Loss, settings: Settings | None = None, grid: ShellGrid | None = None
+) -> Instant:
+    """Measure the kernel's spectrum and the residual's shells at the model's present parameters.
+
+    Args:
+        model: the network, left bit-identical.
+        probe: n samples.
+        loss: see `resolve_loss`.
+        settings: how to measure.
+        grid: shells; None makes a grid from this measurement (`default_grid`).
+
+    Returns:
+        An `Instant`.
+
+    Raises:
+        BadState: parameters, outputs or loss are not finite.
+        ValueError: outputs and targets do not fit the loss.
+
+    Cost: exact: one exact kernel and one m x m eigendecomposition; krylov: `num_matvecs` +
+        `num_density_matvecs` kernel products. Both: one gradient for the dissipation closure.
+
+    Accuracy: totals of energy and dissipation exact to rounding; exact path: shells down to `floor`.
+    """
+    return measure_with_operator(model, probe, loss, settings or Settings(), grid)[0]
+
+
+def measure_with_operator(
+    model: nn.Module,
+    probe: Probe,
+    loss: Loss,
+    settings: Settings,
+    grid: ShellGrid | None = None,
+    *,
+    forward: str = "auto",
+) -> tuple[Instant, NTKOperator]:
+    """As `measure`, and the operator at the measured parameters (`forward`: its known path for J w)."""
+    start = time.perf_counter()
+    op = NTKOperator(
+        model, probe.inputs, params=settings.params, outputs=settings.outputs, dtype=settings.dtype, forward=forward
+    )
+    instant = op.run(lambda: _measured(op, probe, loss, settings, grid))
+    synchronise(op.device)
+    instant.cost.update(seconds=time.perf_counter() - start, products=op.num_products)
+    return instant, op
+
+
+def _measured(op: NTKOperator, probe: Probe, loss: Loss, settings: Settings, grid: ShellGrid | None) -> Instant:
+    _require_finite(op)
+    outputs = op.outputs
+    check_pair(loss, outputs, probe.targets)
+    r = loss.evaluate(outputs, probe.targets)
+    if not bool(torch.isfinite(r.residual).all() & torch.isfinite(r.loss)):
+        raise BadState("the outputs or the loss on the probe are NaN or Inf")
+    grad_norm_sq = _squared_gradient(op, probe, loss)
+    method = choose_method(settings.method, op)
+    found = (_exact if method == "exact" else _krylov)(op, r, settings, grid)
+    health = {"gradient_free_parameters": float(found.pop("num_unused", 0))}
+    instant = Instant(
+        method=method,
+        loss=float(r.loss),
+        grad_norm_sq=grad_norm_sq,
+        nu=r.nu,
+        num_samples=op.num_samples,
+        num_outputs=op.num_outputs,
+        health=health,
+        **found,
+    )
+    instant.summary["num_parameters"] = float(op.num_parameters)
+    instant.summary["target_alignment"] = _target_alignment(instant, outputs, loss, probe)
+    return instant
+
+
+def choose_method(method: str, op: NTKOperator) -> str:
+    """ "exact" while m is small enough for the device, else "krylov"."""
+    if method != "auto":
+        return method
+    return "exact" if op.shape[0] <= MAX_EXACT.get(op.device.type, 1024) else "krylov"
+
+
+def default_grid(largest: float, smallest: float, floor: float, per_decade: int) -> ShellGrid:
+    """Shells from a decade below the smallest resolved eigenvalue to two decades above the largest.
+
+    Aligned to 10^(k / per_decade); at most `MAX_DECADES` below `largest`, and not below the floor.
+    """
+    if not (0 < largest < math.inf):
+        largest = 1.0
+    low = max(floor, smallest / 10, largest * 10**-MAX_DECADES)
+    return ShellGrid.logarithmic(min(low, largest / 10), largest * 10**HEADROOM, per_decade)
+
+
+def _exact(op: NTKOperator, r: Residual, settings: Settings, grid: ShellGrid | None) -> dict[str, Any]:
+    limits = {} if settings.memory_limit is None else {"memory_limit": settings.memory_limit}
+    gram = exact_gram(op.function, op.inputs, **limits)
+    spectrum = _with_floor(eigendecomposition(gram.matrix, r.nu), op.dtype)
+    values = spectrum.eigenvalues
+    largest = float(values[-1])
+    if grid is None:
+        resolved = values[values > spectrum.floor]
+        smallest = float(resolved[0]) if resolved.numel() else largest
+        grid = default_grid(largest, smallest, spectrum.floor, settings.shells_per_decade)
+    g2 = spectrum.project(r.residual) ** 2
+    trace, squares = float(values.sum()), float((values**2).sum())
+    summary = {
+        **_scales(largest, trace, squares, float((values * g2).sum()), float((values**2 * g2).sum())),
+        "residual_norm_sq": float(g2.sum()),
+        "floor": spectrum.floor,
+    }
+    return {
+        "state": KernelState(values, spectrum.eigenvectors, r.residual),
+        "budget": shell_budget(spectrum, r.residual, grid),
+        "eigenvalues": values.flip(0).to("cpu", torch.float64),
+        "weights": None,
+        "summary": summary,
+        "paths": {"kernel": _summarised(gram.paths)},
+        "num_unused": gram.num_unused,
+    }
+
+
+def _krylov(op: NTKOperator, r: Residual, settings: Settings, grid: ShellGrid | None) -> dict[str, Any]:
+    m = op.shape[0]
+    measure_of_r = spectral_measure(op, r.residual, min(settings.num_matvecs, m), r.nu)
+    density = None
+    if settings.num_density_matvecs:
+        density = spectral_density(
+            op, min(settings.num_density_matvecs, m), nu=r.nu, generator=torch.Generator().manual_seed(settings.seed)
+        )
+    largest = max(
+        float(x.nodes[-1]) if x.nodes.numel() else 0.0 for x in (measure_of_r, density and density.measure) if x
+    )
+    floor = RELATIVE_FLOOR.get(op.dtype, 1e-12) * largest
+    if grid is None:
+        nodes = measure_of_r.nodes[measure_of_r.nodes > floor]
+        grid = default_grid(largest, float(nodes[0]) if nodes.numel() else largest, floor, settings.shells_per_decade)
+    budget = shell_budget(measure_of_r, None, grid)
+    summary = _krylov_scales(measure_of_r, largest)
+    if density is not None:
+        budget = density.into(budget)
+        summary.update(trace=density.trace, trace_error=density.trace_error, effective_rank=density.effective_rank)
+    return {
+        "state": KernelState(
+            measure_of_r.nodes.to(r.residual.device), measure_of_r.ritz_vectors, r.residual
+        ),
+        "budget": budget,
+        "eigenvalues": measure_of_r.nodes.flip(0),
+        "weights": measure_of_r.weights.flip(0),
+        "summary": {**summary, "residual_norm_sq": measure_of_r.mass, "floor": floor},
+        "paths": {"products": op.forward_path, **{f"refused {k}": v for k, v in op.refused.items()}},
+    }
+
+
+def _krylov_scales(measured: SpectralMeasure, largest: float) -> dict[str, float]:
+    """Scales from the coefficients: `r^T M^2 r / r^T M r = alpha_1^2 + beta_2^2` exactly."""
+    b = measured.bidiagonal
+    nan = math.nan
+    mean = float(b.alphas[0] ** 2 + b.betas[0] ** 2) if measured.dissipation > 0 else nan
+    scales = _scales(largest, nan, nan, measured.dissipation, mean * measured.dissipation)
+    return scales
+
+
+def _scales(largest: float, trace: float, squares: float, first: float, second: float) -> dict[str, float]:
+    """Scalars every measurement reports, from tr M, tr M^2, r^T M r and r^T M^2 r."""
+    return {
+        "lambda_max": largest,
+        "trace": trace,
+        "trace_error": 0.0,
+        "effective_rank": trace**2 / squares if squares > 0 else math.nan,
+        "mean_eigenvalue": second / first if first > 0 else math.nan,
+    }
+
+
+def _with_floor(spectrum: Eigendecomposition, dtype: torch.dtype) -> Eigendecomposition:
+    """The floor follows from the dtype of the rows, not of the sums."""
+    floor = RELATIVE_FLOOR.get(dtype, 1e-12) * max(float(spectrum.eigenvalues[-1]), 0.0)
+    return Eigendecomposition(spectrum.eigenvalues, spectrum.eigenvectors, floor)
+
+
+def _squared_gradient(op: NTKOperator, probe: Probe, loss: Loss) -> float:
+    """|grad L|^2 by a backward pass of the loss itself, independent of residual, nu and kernel."""
+    with torch.enable_grad():
+        f = op.function.outputs(probe.inputs)
+        wide = f.to(wide_dtype(f.device))
+        value = loss.function(wide, widened(probe.targets, wide))
+        grads = torch.autograd.grad(value.reshape(()), list(op.function.parameters.values()), allow_unused=True)
+    norms = [(g.to_dense() if g.is_sparse else g).double().square().sum() for g in grads if g is not None]
+    return float(torch.stack(norms).sum()) if norms else 0.0
+
+
+def _require_finite(op: NTKOperator) -> None:
+    bad = [name for name, p in op.function.parameters.items() if not bool(torch.isfinite(p).all())]
+    if bad:
+        raise BadState(f"parameters hold NaN or Inf: {', '.join(bad[:3])}{' ...' if len(bad) > 3 else ''}")
+
+
+def _target_alignment(instant: Instant, outputs: Tensor, loss: Loss, probe: Probe) -> float:
+    """y^T M y / (|M|_F |y|^2), y the targets (class indicators, centred over classes); NaN where undefined."""
+    y = loss.target_vector(outputs, probe.targets)
+    state = instant.state
+    if y is None or not state.is_complete:
+        return math.nan
+    c2 = (state.vectors.T @ y.to(state.vectors)) ** 2
+    size = float(state.eigenvalues.norm()) * float(c2.sum())
+    return float((state.eigenvalues * c2).sum()) / size if size > 0 else math.nan
+
+
+def _summarised(paths: dict[str, str]) -> str:
+    """ "linear 4, rows 2": how many parameters took which path."""
+    counts: dict[str, int] = {}
+    for path in paths.values():
+        counts[path] = counts.get(path, 0) + 1
+    return ", ".join(f"{path} {count}" for path, count in sorted(counts.items()))

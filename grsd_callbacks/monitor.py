@@ -1,0 +1,587 @@
+"""The framework-free core: measures a model while a training loop of any kind runs.
+
+Call `step` once before every optimizer step (or after it: the parameters are measured as they are). Everything that
+can go wrong in a measurement becomes one warning and `grsd_health/failed`; wrong use raises before the first step.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from grsd_callbacks import tags
+from grsd_callbacks.comparison import frozen_kernel_share, kernel_comparison
+from grsd_callbacks.emission import Emission
+from grsd_callbacks.flux import KernelState, ShellFlux, four_corner_flux, no_flux
+from grsd_callbacks.kernel import NTKOperator
+from grsd_callbacks.losses import Loss, calibrate, check_pair, resolve_loss
+from grsd_callbacks.measure import Instant, Settings, measure_with_operator
+from grsd_callbacks.optimizer import NO_STEP_SIZE, StepSize, step_size
+from grsd_callbacks.probe import Probe, probe_from
+from grsd_callbacks.report import start_report, summary_table
+from grsd_callbacks.schedule import FixedSchedule, LogSchedule
+from grsd_callbacks.shells import ShellGrid
+from grsd_callbacks.sinks import SinkGroup
+from grsd_callbacks.snapshot import Snapshot
+from grsd_callbacks.trajectory import Trajectory, exponent_closures, exponents_at
+
+#: a fixed schedule that costs more than this share of training is warned about, once
+COSTLY = 0.2
+
+
+class MeasurementWarning(UserWarning):
+    """A measurement failed or costs much; training is not affected."""
+
+
+@dataclass(eq=False)
+class _Pending:
+    """A measurement whose following optimizer step has not been seen yet."""
+
+    step: int
+    op: NTKOperator
+    state: KernelState
+    nu: float
+    size: StepSize
+
+
+class ShellMonitor:
+    """Shell dynamics of a model in any training loop.
+
+    Args:
+        model: the network; left bit-identical.
+        loss: "mse", "cross_entropy", an `nn.MSELoss`/`nn.CrossEntropyLoss`, or a callable (outputs, targets) -> scalar.
+        probe: `(inputs, targets)` or a DataLoader; cloned once, never changed.
+        num_probe: number of samples kept; None keeps a given pair whole, and of a loader one batch.
+        every_n_steps: optimizer steps between measurements; None: log-spaced, thinned to `max_overhead`.
+        max_overhead: largest share of the training time spent on measuring by the default schedule; None: no limit.
+        total_steps: length of the run, for the default schedule; None if unknown.
+        per_decade: measurements a decade of steps of the default schedule before thinning.
+        pair: measure before *and* after the step at each due point (flux over a single step).
+        work: also measure the work of the optimizer step that follows each measurement (one J w).
+        writer: where values go: a SummaryWriter, logger, path, sink, or a list of them; None keeps `history` only.
+        on_error: "warn" (a failed measurement is one warning) or "raise".
+        nu: scale of the kernel for general losses, see `resolve_loss`.
+        unpack: how to read a loader's batch as (inputs, targets).
+        **settings: see `Settings` (method, num_matvecs, shells_per_decade, params, outputs, dtype, ...).
+
+    Attributes:
+        history: all snapshots, in order.
+        num_failed: measurements that could not be made.
+
+    Raises:
+        ValueError, TypeError: wrong arguments, or outputs and targets that do not fit (at construction).
+
+    Cost: see `measure`; reported as `grsd_health/overhead_percent`.
+
+    Example:
+        >>> import torch
+        >>> net, x, y = torch.nn.Linear(2, 1), torch.eye(2), torch.ones(2, 1)
+        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> monitor = ShellMonitor(net, "mse", (x, y), every_n_steps=5)
+        >>> for step in range(11):
+        ...     snapshot = monitor.step(step, optimizer=optimizer)
+        ...     optimizer.zero_grad()
+        ...     torch.nn.functional.mse_loss(net(x), y).backward()
+        ...     optimizer.step()
+        >>> [s.step for s in monitor.history]
+        [0, 5, 10]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Any,
+        probe: Any,
+        *,
+        num_probe: int | None = None,
+        every_n_steps: int | None = None,
+        max_overhead: float | None = 0.02,
+        total_steps: int | None = None,
+        per_decade: int = 10,
+        pair: bool = False,
+        work: bool = True,
+        writer: Any = None,
+        on_error: str = "warn",
+        nu: float | None = None,
+        unpack: Callable[[Any], tuple[Any, Any]] | None = None,
+        **settings: Any,
+    ) -> None:
+        if on_error not in ("warn", "raise"):
+            raise ValueError(f"on_error must be 'warn' or 'raise', got {on_error!r}")
+        check_num_probe(num_probe)
+        self.model = model
+        self.settings = Settings(**settings)
+        self.loss: Loss = resolve_loss(loss, nu)
+        self.schedule = make_schedule(every_n_steps, max_overhead, total_steps, per_decade)
+        self.probe: Probe = probe_from(probe, num_probe, *([unpack] if unpack else []))
+        self.sinks = SinkGroup([] if writer is None else writer if isinstance(writer, (list, tuple)) else [writer])
+        self.on_error = on_error
+        self.pair = pair
+        self.work = work
+        self.history: list[Snapshot] = []
+        self.num_failed = 0
+        self.flow_time = 0.0
+        self.measuring_seconds = 0.0
+        self._trajectory = Trajectory()
+        self._grid: ShellGrid | None = None
+        self._frozen: KernelState | None = None
+        self._previous: tuple[Snapshot, KernelState] | None = None
+        self._break = "first measurement"
+        self._size = NO_STEP_SIZE
+        self._nominal = ""
+        self._last_step: int | None = None
+        self._steps_since = 0
+        self._pending: _Pending | None = None
+        self._forward = "auto"
+        self._started: float | None = None
+        self._elapsed_before = 0.0
+        self._warned: set[str] = set()
+        self._identity = self._parameter_identity()
+        self._prepare()
+
+    # -- set-up ------------------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        """Run the model once on the probe: wrong use fails here, before the first step."""
+        op = NTKOperator(
+            self.model,
+            self.probe.inputs,
+            params=self.settings.params,
+            outputs=self.settings.outputs,
+            dtype=self.settings.dtype,
+        )
+        outputs = op.outputs
+        check_pair(self.loss, outputs, self.probe.targets)
+        self.loss = calibrate(self.loss, outputs, self.probe.targets)
+        self.report = start_report(op, self.loss, self.settings, self.schedule.describe())
+
+    def new_segment(self, reason: str) -> None:
+        """Declare a break in the run (parameters replaced, another probe): no flux is computed across it."""
+        self._previous = None
+        self._pending = None
+        self._break = reason
+
+    # -- the loop ----------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        step: int,
+        *,
+        optimizer: Optimizer | Iterable[Optimizer] | None = None,
+        lr: float | None = None,
+        flow_time: float | None = None,
+    ) -> Snapshot | None:
+        """Measure if due. Call once per iteration, before the optimizer step or after it.
+
+        Flow time advances between calls by the learning rate seen at the earlier one.
+
+        Args:
+            step: optimizer steps taken so far; where the measurement stands on the curves' axis.
+            optimizer: to read the learning rate (and momentum) from; or
+            lr: the learning rate of the coming step; or
+            flow_time: t itself, which then is taken as it is.
+
+        Returns:
+            The `Snapshot`, or None if nothing was due or the measurement failed.
+        """
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise ValueError(f"step must be a non-negative integer, got {step!r}")
+        size = _given_size(optimizer, lr)
+        if self._last_step is not None and step > self._last_step:
+            self.advance(self._size, step - self._last_step)
+        if flow_time is not None:
+            self.flow_time = float(flow_time)
+        self._size = size
+        return self.observe(step)
+
+    def advance(self, size: StepSize, num_steps: int = 1, share: float = 1.0) -> None:
+        """Tell of optimizer steps taken: `share` of the parameters moved by `num_steps` steps of a size."""
+        if math.isfinite(size.flow):
+            self.flow_time += share * num_steps * size.flow
+        if size.nominal:
+            self._nominal = size.why
+        self._size = size
+
+    def observe(self, step: int) -> Snapshot | None:
+        """Measure if due at `step`, flow time being kept up to date by `advance`."""
+        now = time.perf_counter()
+        if self._started is None:
+            self._started = now
+        elapsed = self._elapsed_before + now - self._started
+        if self._last_step is not None and step > self._last_step:
+            self._steps_since += step - self._last_step
+            self.finish_update(step)
+        self._last_step = step
+        self.schedule.observe(step, self.measuring_seconds, elapsed)
+        if not self._due(step):
+            return None
+        return self._charged(lambda: self._attempt(step, lambda: self._take(step)))
+
+    def finish_update(self, step: int) -> None:
+        """Complete the latest measurement by the optimizer step that followed it, now that it is done."""
+        pending, self._pending = self._pending, None
+        if pending is None or step <= pending.step:
+            self._pending = pending
+            return
+        if step == pending.step + 1:
+            self._charged(lambda: self._attempt(step, lambda: self._add_work(pending)))
+
+    def finish(self, step: int | None = None) -> Snapshot | None:
+        """Last measurement (at `step`, if it has not been made there), summary, and flush. Call at the end."""
+        last = self._last_step if step is None else step
+        snapshot = None
+        if last is not None:
+            if self._last_step is not None and last > self._last_step:
+                self._steps_since += last - self._last_step
+                self.finish_update(last)
+            self._last_step = last
+            if not self.history or self.history[-1].step < last:
+                snapshot = self._charged(lambda: self._attempt(last, lambda: self._take(last)))
+        self._pending = None
+        if self.history:
+            self._charged(lambda: self._attempt(self.history[-1].step, self._write_summary))
+        return snapshot
+
+    def close(self) -> None:
+        """Flush everything and close what this monitor has opened."""
+        self._attempt(self._last_step or 0, self.sinks.close)
+
+    # -- one measurement ---------------------------------------------------------------------------------
+
+    def _due(self, step: int) -> bool:
+        due = self.schedule.due(step)
+        if self.pair and self.history and self.history[-1].step == step - 1:
+            partner = len(self.history) < 2 or self.history[-2].step != step - 2
+            due = due or partner
+        return due
+
+    def _take(self, step: int) -> Snapshot:
+        self._check_identity()
+        instant, op = measure_with_operator(
+            self.model, self.probe, self.loss, self.settings, self._grid, forward=self._forward
+        )
+        if self._grid is None:
+            self._grid, self._frozen = instant.budget.grid, instant.state
+        snapshot = self._assembled(step, instant)
+        if self.work:
+            op.release()
+            self._pending = _Pending(step, op, instant.state, instant.nu, self._size)
+        self.history.append(snapshot)
+        self._previous = (snapshot, instant.state)
+        self._steps_since = 0
+        self._warn_if_costly(snapshot)
+        self._write(snapshot)
+        return snapshot
+
+    def _assembled(self, step: int, instant: Instant) -> Snapshot:
+        budget, grid = instant.budget, instant.budget.grid
+        assert self._frozen is not None
+        frozen_energy, _ = self._frozen.energies(instant.state.residual, grid)
+        self._trajectory.append(self.flow_time, instant.loss, grid.edges, frozen_energy)
+        fits = exponents_at(
+            self._trajectory, instant.eigenvalues if instant.weights is None else None, budget
+        )
+        flux = self._flux(instant)
+        nan = torch.full((grid.num_shells,), math.nan, dtype=torch.float64)
+        return Snapshot(
+            step=step,
+            flow_time=self.flow_time,
+            loss=instant.loss,
+            grad_norm_sq=instant.grad_norm_sq,
+            nu=instant.nu,
+            num_samples=instant.num_samples,
+            num_outputs=instant.num_outputs,
+            method=instant.method,
+            edges=grid.edges,
+            energy=budget.energy,
+            dissipation=budget.dissipation,
+            counts=budget.counts,
+            energy_bounds=budget.energy_bounds,
+            dissipation_bounds=budget.dissipation_bounds,
+            count_bounds=budget.count_bounds,
+            resolved=budget.resolved,
+            eigenvalues=instant.eigenvalues,
+            weights=instant.weights,
+            frozen_energy=frozen_energy,
+            transport=flux.transport,
+            flux=flux.flux,
+            work=nan,
+            effective_lr=nan.clone(),
+            summary=self._summary(instant, flux),
+            closures=self._closures(instant, flux, fits),
+            health=self._health(instant, flux),
+            exponents=fits,
+            cost=self._cost(instant),
+            reasons={"flux": flux.reason} if flux.reason else {},
+            paths=instant.paths,
+        )
+
+    def _flux(self, instant: Instant) -> ShellFlux:
+        grid = instant.budget.grid
+        if self._previous is None:
+            return no_flux(grid, self._break)
+        before, state = self._previous
+        return four_corner_flux(state, instant.state, grid, self.flow_time - before.flow_time)
+
+    def _summary(self, instant: Instant, flux: ShellFlux) -> dict[str, float]:
+        summary = {**instant.summary, "lr": self._size.lr, "dt": flux.dt}
+        total = float(flux.dissipation.sum().abs())
+        summary["transport_ratio"] = float(flux.flux.abs().sum()) / total if total > 0 else math.nan
+        if self._previous is not None and flux.dt > 0 and self._steps_since:
+            state = self._previous[1]
+            summary["frozen_kernel_share"] = frozen_kernel_share(
+                state, instant.state.residual, flux.dt / self._steps_since, self._steps_since
+            )
+        if self._frozen is not None:
+            summary.update(kernel_comparison(instant.state, self._frozen))
+        return summary
+
+    def _closures(self, instant: Instant, flux: ShellFlux, fits: dict[str, Any]) -> dict[str, float]:
+        budget = instant.budget
+        closures = {"dissipation": _relative(float(budget.dissipation.sum()), instant.grad_norm_sq)}
+        if self.loss.energy_is_loss:
+            closures["energy"] = _relative(float(budget.energy.sum()), instant.loss)
+        if not flux.reason:
+            moved = float(flux.transport.abs().sum())
+            closures["transport"] = abs(float(flux.transport.sum())) / moved if moved > 0 else 0.0
+            assert self._previous is not None
+            before = self._previous[0]
+            mean = (float(before.dissipation.sum()) + float(budget.dissipation.sum())) / 2
+            closures["budget"] = (before.loss - instant.loss) / flux.dt / mean if mean > 0 else math.nan
+        source = self.history[0].exponents["q"] if self.history else fits["q"]
+        return {**closures, **exponent_closures(source, fits["chi"], fits["rho"])}
+
+    def _health(self, instant: Instant, flux: ShellFlux) -> dict[str, float]:
+        budget = instant.budget
+        product = self._size.lr * instant.summary["lambda_max"]
+        total = float(budget.energy.sum())
+        return {
+            **instant.health,
+            "lr_lambda_max": product,
+            "unstable": float(product > 2) if math.isfinite(product) else math.nan,
+            "nominal_flow_time": float(bool(self._nominal or self._size.nominal)),
+            "unresolved_energy": float(budget.energy[~budget.resolved].sum()) / total if total > 0 else 0.0,
+            "coverage": flux.coverage,
+            "failed": float(self.num_failed),
+        }
+
+    def _cost(self, instant: Instant) -> dict[str, float]:
+        return {**instant.cost, "overhead_percent": 100 * self.overhead}
+
+    # -- the optimizer step after a measurement ----------------------------------------------------------
+
+    def _add_work(self, pending: _Pending) -> None:
+        snapshot = self.history[-1]
+        if snapshot.step != pending.step:
+            return
+        parameters = dict(self.model.named_parameters())
+        change = pending.op.flatten(
+            [
+                parameters[name].detach().to(copy) - copy.detach()
+                for name, copy in pending.op.function.parameters.items()
+            ]
+        )
+        self._forward = pending.op.choose_forward(timed=False)
+        s = math.sqrt(pending.nu) * pending.op.jvp(change)
+        work, dissipation = _work(pending.state, s, snapshot.grid)
+        lr, flow = self._size.lr, self._size.flow
+        total_work, total = float(work.sum()), float(dissipation.sum())
+        effective = work / (lr * dissipation)
+        done = replace(
+            snapshot,
+            work=work,
+            effective_lr=torch.where(dissipation > 1e-12 * total, effective, math.nan),
+            summary={**snapshot.summary, "effective_lr": total_work / (lr * total) if total > 0 else math.nan},
+            closures={
+                **snapshot.closures,
+                "probe": total * flow / total_work if total_work != 0 else math.nan,
+            },
+        )
+        self.history[-1] = done
+        self._previous = (done, pending.state) if self._previous is not None else None
+        self.sinks.write(Emission(step=done.step, scalars=tags.work_scalars(done), record=done.to_dict()))
+
+    # -- writing -----------------------------------------------------------------------------------------
+
+    def _write(self, snapshot: Snapshot) -> None:
+        emission = tags.emission(snapshot)
+        texts = {tags.MEANING: tags.meaning_card(), tags.REPORT: self.report} if len(self.history) == 1 else {}
+        scalars = {**emission.scalars, tags.FAILED: float(self.num_failed)}
+        self.sinks.write(replace(emission, texts=texts, scalars=scalars))
+
+    def _write_summary(self) -> None:
+        table = summary_table(self.history, self.final_exponents())
+        last = self.history[-1]
+        self.sinks.write(Emission(step=last.step, texts={tags.SUMMARY: f"```\n{table}\n```"}))
+        self.sinks.flush()
+
+    def final_exponents(self) -> dict[str, Any]:
+        """Exponents over the whole run, with the verdict between power law and its competitors."""
+        if not self.history or self._grid is None:
+            return {}
+        first, last = self.history[0], self.history[-1]
+        return {
+            **dict(first.exponents),
+            **({"a": last.exponents["a"]} if "a" in last.exponents else {}),
+            "chi": self._trajectory.chi(),
+            "rho": self._trajectory.rho(),
+        }
+
+    def summary(self) -> str:
+        """The run as a readable table: shells, exponents, closures, cost."""
+        return summary_table(self.history, self.final_exponents())
+
+    # -- cost and failures -------------------------------------------------------------------------------
+
+    @property
+    def overhead(self) -> float:
+        """Measuring time over training time without it, so far (a fraction)."""
+        if self._started is None:
+            return 0.0
+        training = self._elapsed_before + time.perf_counter() - self._started - self.measuring_seconds
+        return self.measuring_seconds / training if training > 0 else math.nan
+
+    def _charged(self, function: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        try:
+            return function()
+        finally:
+            self.measuring_seconds += time.perf_counter() - start
+
+    def _attempt(self, step: int, function: Callable[[], Any]) -> Any:
+        """Run a measurement or a write; a failure is one warning a kind, counted and emitted."""
+        try:
+            return function()
+        except Exception as error:
+            if self.on_error == "raise":
+                raise
+            self._failed(step, error)
+            return None
+
+    def _failed(self, step: int, error: Exception) -> None:
+        self.num_failed += 1
+        kind = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        self.new_segment("the measurement before this one failed")
+        self._warn(
+            type(error).__name__,
+            f"grsd: the measurement at step {step} failed ({kind}). Training goes on unchanged; the next measurement "
+            "is tried as scheduled. Use on_error='raise' to see the traceback.",
+        )
+        try:
+            self.sinks.write(Emission(step=step, scalars={tags.FAILED: float(self.num_failed)}))
+        except Exception as second:  # the sink itself is what failed
+            self._warn("sink", f"grsd: values cannot be written ({second}); they are kept in history.")
+
+    def _warn(self, key: str, message: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            try:
+                warnings.warn(message, MeasurementWarning, stacklevel=4)
+            except MeasurementWarning:  # warnings are errors in this process; a measurement still kills no run
+                logging.getLogger("grsd_callbacks").warning(message)
+
+    def _warn_if_costly(self, snapshot: Snapshot) -> None:
+        if isinstance(self.schedule, FixedSchedule) and len(self.history) >= 4 and self.overhead > COSTLY:
+            self._warn(
+                "costly",
+                f"grsd: measuring every {self.schedule.every_n_steps} steps costs {100 * self.overhead:.0f} % of the "
+                "training time; raise every_n_steps, take a smaller probe, or leave every_n_steps=None.",
+            )
+
+    def _parameter_identity(self) -> tuple[int, ...]:
+        return tuple(id(p) for p in self.model.parameters())
+
+    def _check_identity(self) -> None:
+        identity = self._parameter_identity()
+        if identity != self._identity:
+            self._identity = identity
+            self.new_segment("parameters were replaced between measurements")
+
+    # -- checkpoints -------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs, as tensors and plain types (loads with weights_only=True)."""
+        frozen = self._frozen
+        return {
+            "probe": {"inputs": self.probe.inputs, "targets": self.probe.targets},
+            "edges": None if self._grid is None else self._grid.edges,
+            "frozen": None
+            if frozen is None
+            else {"eigenvalues": frozen.eigenvalues, "vectors": frozen.vectors, "residual": frozen.residual},
+            "history": [snapshot.to_json() for snapshot in self.history],
+            "trajectory": self._trajectory.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "flow_time": self.flow_time,
+            "last_step": self._last_step,
+            "num_failed": self.num_failed,
+            "measuring_seconds": self.measuring_seconds,
+            "elapsed_seconds": self._elapsed_before
+            + (time.perf_counter() - self._started if self._started is not None else 0.0),
+            "nominal": self._nominal,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue a run: same probe, shells, frozen basis and history; the first flux after it is NaN."""
+        self.probe = Probe(state["probe"]["inputs"], state["probe"]["targets"])
+        self._grid = None if state["edges"] is None else ShellGrid(state["edges"])
+        device = next(self.model.parameters()).device
+        frozen = state["frozen"]
+        self._frozen = None if frozen is None else KernelState(**{k: v.to(device) for k, v in frozen.items()})
+        self.history = [Snapshot.from_json(text) for text in state["history"]]
+        self._trajectory = Trajectory.from_state(state["trajectory"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.flow_time = float(state["flow_time"])
+        self._last_step = state["last_step"]
+        self.num_failed = int(state["num_failed"])
+        self.measuring_seconds = float(state["measuring_seconds"])
+        self._elapsed_before = float(state["elapsed_seconds"])
+        self._started = None
+        self._nominal = state["nominal"]
+        self.new_segment("first measurement after a resume")
+
+
+def make_schedule(
+    every_n_steps: int | None, max_overhead: float | None, total_steps: int | None, per_decade: int = 10
+) -> FixedSchedule | LogSchedule:
+    """The schedule meant by a user's arguments; both are checked whichever is used."""
+    log = LogSchedule(per_decade, max_overhead, total_steps)
+    return log if every_n_steps is None else FixedSchedule(every_n_steps)
+
+
+def check_num_probe(num_probe: int | None) -> None:
+    """Raise unless num_probe is None or a positive integer."""
+    if num_probe is not None and (isinstance(num_probe, bool) or not isinstance(num_probe, int) or num_probe < 1):
+        raise ValueError(f"num_probe must be a positive integer (or None), got {num_probe!r}")
+
+
+def _given_size(optimizer: Any, lr: float | None) -> StepSize:
+    if optimizer is not None:
+        return step_size(optimizer)
+    if lr is not None:
+        if not (isinstance(lr, (int, float)) and math.isfinite(lr)):
+            raise ValueError(f"lr must be a finite number, got {lr!r}")
+        return StepSize(float(lr), float(lr))
+    return NO_STEP_SIZE
+
+
+def _work(state: KernelState, s: Tensor, grid: ShellGrid) -> tuple[Tensor, Tensor]:
+    """W_a = -sum g_i <u_i, s> and D_a = sum lambda_i g_i^2 per sharp shell; the rest of W in the underflow."""
+    vectors = state.vectors
+    g, moved = vectors.T @ state.residual.to(vectors), vectors.T @ s.to(vectors)
+    work = grid.collect(state.eigenvalues, -g * moved)
+    if not state.is_complete:
+        work[0] += -float(state.residual.to(vectors) @ s.to(vectors)) - float(work.sum())
+    return work, grid.collect(state.eigenvalues, state.eigenvalues * g**2)
+
+
+def _relative(value: float, reference: float) -> float:
+    return (value - reference) / reference if reference != 0 else value

@@ -1,0 +1,95 @@
+"""Flow time from optimizers: what a step advances t by.  t = sum of learning rates (heavy ball: lr / (1 - momentum))."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """The size of one optimizer step.
+
+    Attributes:
+        lr: learning rate (the parameter-weighted mean where groups differ).
+        flow: flow time of the step: lr, for heavy ball lr (1 - dampening) / (1 - momentum), right for slow modes.
+        nominal: the flow time is only nominal (adaptive optimizer, several learning rates or momenta).
+        why: the reason for that, in words.
+    """
+
+    lr: float
+    flow: float
+    nominal: bool = False
+    why: str = ""
+
+
+NO_STEP_SIZE = StepSize(math.nan, math.nan, True, "no learning rate is known")
+
+
+def step_size(optimizers: Optimizer | Iterable[Optimizer]) -> StepSize:
+    """The step size of one optimizer, or of several that share the parameters between them.
+
+    Args:
+        optimizers: one or several `torch.optim.Optimizer`; wrappers with `param_groups` will do.
+
+    Returns:
+        A `StepSize`; several learning rates are averaged over parameters and marked nominal.
+
+    Raises:
+        TypeError: something without `param_groups`.
+
+    Example:
+        >>> import torch
+        >>> w = torch.nn.Parameter(torch.zeros(2))
+        >>> step_size(torch.optim.SGD([w], lr=0.1, momentum=0.9)).flow
+        1.0
+    """
+    several = [optimizers] if hasattr(optimizers, "param_groups") else list(optimizers)  # type: ignore[arg-type]
+    for optimizer in several:
+        if not hasattr(optimizer, "param_groups"):
+            raise TypeError(f"optimizer must be a torch optimizer with param_groups, got {type(optimizer).__name__}")
+    groups = [
+        (sum(p.numel() for p in group["params"]), *_group_flow(optimizer, group))
+        for optimizer in several
+        for group in optimizer.param_groups
+    ]
+    weight = sum(size for size, *_ in groups)
+    if not weight:
+        return NO_STEP_SIZE
+    lr = sum(size * rate for size, rate, _ in groups) / weight
+    flow = sum(size * flow for size, _, flow in groups) / weight
+    reasons = _reasons(several, groups)
+    if len({(rate, f) for _, rate, f in groups}) == 1:
+        lr, flow = groups[0][1:]
+    return StepSize(lr, flow, bool(reasons), "; ".join(reasons))
+
+
+def _group_flow(optimizer: Optimizer, group: dict) -> tuple[float, float]:
+    lr = group["lr"]
+    lr = float(lr.detach() if isinstance(lr, Tensor) else lr)
+    momentum, dampening = float(group.get("momentum", 0.0) or 0.0), float(group.get("dampening", 0.0) or 0.0)
+    if _is_sgd(optimizer) and 0 < momentum < 1:
+        return lr, lr * (1 - dampening) / (1 - momentum)
+    return lr, lr
+
+
+def _is_sgd(optimizer: Optimizer) -> bool:
+    return isinstance(getattr(optimizer, "optimizer", optimizer), SGD)
+
+
+def _reasons(optimizers: list[Optimizer], groups: list[tuple[int, float, float]]) -> list[str]:
+    reasons = []
+    adaptive = sorted({type(o).__name__ for o in optimizers if not _is_sgd(o)})
+    if adaptive:
+        reasons.append(f"{', '.join(adaptive)} does not step along the gradient")
+    if len({(rate, flow) for _, rate, flow in groups}) > 1:
+        reasons.append("several learning rates")
+    if len(optimizers) > 1:
+        reasons.append("several optimizers")
+    return reasons
+
+

@@ -1,0 +1,176 @@
+"""When to measure: fixed, or log-spaced and thinned once so that measuring stays inside its share of the run.
+
+Times are wall-clock seconds handed in by the caller; nothing here looks at a clock.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import median
+from typing import Any
+
+#: the default schedule times training steps at these step counts before it decides
+TIMED_FROM, DECIDE_AT = 2, 6
+
+
+class FixedSchedule:
+    """Measure at step 0 and at every crossing of a multiple of n (steps may advance by more than one).
+
+    Raises:
+        ValueError: n is not a positive integer.
+    """
+
+    def __init__(self, every_n_steps: int) -> None:
+        if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be a positive integer (or None), got {every_n_steps!r}")
+        self.every_n_steps = every_n_steps
+        self._last = -1
+
+    def due(self, step: int) -> bool:
+        """Whether step is the first one at or after a multiple of n not yet measured."""
+        if self._last >= 0 and step // self.every_n_steps <= self._last // self.every_n_steps:
+            return False
+        self._last = step
+        return True
+
+    def observe(self, step: int, measuring_seconds: float, elapsed_seconds: float) -> None:
+        """Nothing to decide."""
+
+    def describe(self) -> str:
+        """One line for the report."""
+        return f"every {self.every_n_steps} steps"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kind": "fixed", "every_n_steps": self.every_n_steps, "last": self._last}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state.get("kind") == "fixed":
+            self._last = int(state["last"])
+
+
+class LogSchedule:
+    """Measure at step 0, 1 and then log-spaced, thinned once to a share of the training time.
+
+    Steps 0 (cold) and 1 (warm) are measured; steps 2 to 5 are only timed; at step 6 the number of further
+    measurements is fixed to `max_overhead * total_steps * seconds_per_step - spent` over the cost of one, spread
+    evenly in log step. Without a known end, the density is `per_decade` from the first step that can afford it.
+
+    Args:
+        per_decade: measurements a decade of steps before thinning.
+        max_overhead: largest share of training time (without measuring) spent on measuring; None never thins.
+        total_steps: length of the run in steps; None if it is not known.
+
+    Raises:
+        ValueError: per_decade < 1, or max_overhead not positive.
+    """
+
+    def __init__(
+        self, per_decade: int = 10, max_overhead: float | None = 0.02, total_steps: int | None = None
+    ) -> None:
+        if isinstance(per_decade, bool) or not isinstance(per_decade, int) or per_decade < 1:
+            raise ValueError(f"per_decade must be a positive integer, got {per_decade!r}")
+        if max_overhead is not None and not (isinstance(max_overhead, (int, float)) and 0 < max_overhead < math.inf):
+            raise ValueError(f"max_overhead must be a positive number (or None), got {max_overhead!r}")
+        self.per_decade = per_decade
+        self.max_overhead = max_overhead
+        self.total_steps = total_steps
+        self.points: list[int] | None = None
+        self.first = 1
+        self.decision = "every log-spaced step"
+        self._last = -1
+        self._times: list[tuple[int, float, float]] = []
+        if max_overhead is None:
+            self.points = log_points(1, total_steps, per_decade) if total_steps else None
+            self._decided = True
+        else:
+            self._decided = False
+
+    def due(self, step: int) -> bool:
+        """Whether a scheduled point lies in (last measured-or-passed step, step]."""
+        last, self._last = self._last, max(step, self._last)
+        if step <= last:
+            return False
+        if last < 0 or (last < 1 <= step):
+            return True
+        if not self._decided:
+            return False
+        if self.points is not None:
+            return any(last < point <= step for point in self.points)
+        return self._crossed(last, step)
+
+    def _crossed(self, last: int, step: int) -> bool:
+        rank = [math.floor(self.per_decade * math.log10(s) + 1e-9) for s in (max(last, 1), step)]
+        return step >= self.first and rank[1] > rank[0]
+
+    def observe(self, step: int, measuring_seconds: float, elapsed_seconds: float) -> None:
+        """Tell the time at the start of a step: seconds spent measuring so far, and seconds since the run began."""
+        if self._decided or step < TIMED_FROM:
+            if step == 1:
+                self._before_warm = measuring_seconds
+            return
+        self._times.append((step, measuring_seconds, elapsed_seconds))
+        if step >= DECIDE_AT and len(self._times) >= 2:
+            self._decide(step)
+
+    def _decide(self, step: int) -> None:
+        spent = self._times[-1][1]
+        laps = [
+            (b[2] - a[2] - (b[1] - a[1])) / max(b[0] - a[0], 1)
+            for a, b in zip(self._times[:-1], self._times[1:], strict=True)
+        ]
+        per_step = max(median(laps), 1e-9)
+        cost = max(spent - getattr(self, "_before_warm", 0.0), 1e-9)
+        self._decided = True
+        assert self.max_overhead is not None
+        if self.total_steps is None:
+            self.first = max(step, math.ceil(self.per_decade * cost / (self.max_overhead * per_step * math.log(10))))
+            self.decision = f"{self.per_decade} a decade from step {self.first}"
+        else:
+            budget = self.max_overhead * self.total_steps * per_step - spent
+            room = max(0, math.floor(budget / cost) - 1)  # one is kept for the end of the run
+            candidates = log_points(step, self.total_steps, self.per_decade)
+            self.points = thinned(candidates, room)
+            self.decision = f"{len(self.points)} of {len(candidates)} log-spaced steps"
+        self.decision += (
+            f" (one measurement {cost * 1e3:.3g} ms, one training step {per_step * 1e3:.3g} ms, "
+            f"at most {100 * self.max_overhead:g} %)"
+        )
+
+    def describe(self) -> str:
+        """One line for the report."""
+        return f"log-spaced: {self.decision}" if self._decided else "log-spaced, thinned once training steps are timed"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "kind": "log",
+            "last": self._last,
+            "decided": self._decided,
+            "points": self.points,
+            "first": self.first,
+            "decision": self.decision,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state.get("kind") != "log":
+            return
+        self._last, self._decided = int(state["last"]), bool(state["decided"])
+        self.points = None if state["points"] is None else [int(p) for p in state["points"]]
+        self.first, self.decision = int(state["first"]), str(state["decision"])
+
+
+def log_points(first: int, last: int, per_decade: int) -> list[int]:
+    """Integers round(10^(k / per_decade)) in [first, last], ascending and distinct."""
+    if last < first:
+        return []
+    top = math.ceil(per_decade * math.log10(max(last, 1)))
+    return sorted({p for k in range(top + 1) if first <= (p := round(10 ** (k / per_decade))) <= last})
+
+
+def thinned(points: list[int], room: int) -> list[int]:
+    """At most `room` of the points, evenly spaced in their order (so evenly in log step), the last one kept."""
+    if room >= len(points):
+        return points
+    if room <= 0:
+        return []
+    stride = len(points) / room
+    return [points[min(len(points) - 1, math.ceil((i + 1) * stride) - 1)] for i in range(room)]

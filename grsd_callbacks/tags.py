@@ -1,0 +1,222 @@
+"""Every tag that is emitted: its unit and its meaning, once.
+
+Shell curves are `grsd_shell_energy/<shell>` with the labels of `ShellGrid.names`. Conventions: THEORY, section 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from grsd_callbacks.emission import Emission, Histogram
+from grsd_callbacks.snapshot import Snapshot
+
+
+@dataclass(frozen=True)
+class Tag:
+    """One emitted curve.
+
+    Attributes:
+        unit: unit, "1" for pure numbers.
+        meaning: one sentence.
+        value: reads it from a snapshot; NaN is not drawn.
+    """
+
+    unit: str
+    meaning: str
+    value: Callable[[Snapshot], float]
+
+
+def _from(group: str, name: str) -> Callable[[Snapshot], float]:
+    return lambda s: getattr(s, group).get(name, math.nan)
+
+
+def _exponent(name: str, part: str) -> Callable[[Snapshot], float]:
+    return lambda s: getattr(s.exponents[name], part) if name in s.exponents else math.nan
+
+
+_EXPONENTS = {
+    "a": "spectrum decay, lambda_i ~ i^-a",
+    "q": "energy over scales, E_a ~ lambda^q, on shells not yet decayed",
+    "chi": "loss decay, L ~ t^-chi in flow time",
+    "rho": "frontier, energy median in the frozen first basis falls as t^-rho",
+}
+
+TAGS: dict[str, Tag] = {
+    "grsd_loss/probe": Tag("loss", "L on the probe", lambda s: s.loss),
+    "grsd_loss/grad_norm_sq": Tag(
+        "loss / flow time", "|grad L|^2 on the probe, by a backward pass of its own", lambda s: s.grad_norm_sq
+    ),
+    "grsd_time/flow_time": Tag(
+        "learning rate x steps", "t, the sum of learning rates (heavy ball: lr / (1 - momentum))", lambda s: s.flow_time
+    ),
+    "grsd_time/lr": Tag("learning rate", "lr of the coming step", _from("summary", "lr")),
+    "grsd_spectrum/lambda_max": Tag(
+        "1 / flow time", "largest eigenvalue of M = nu J J^T", _from("summary", "lambda_max")
+    ),
+    "grsd_spectrum/trace": Tag("1 / flow time", "tr M (krylov: unbiased estimate)", _from("summary", "trace")),
+    "grsd_spectrum/trace_error": Tag(
+        "1 / flow time", "standard error of tr M, 0 where exact", _from("summary", "trace_error")
+    ),
+    "grsd_spectrum/effective_rank": Tag("1", "(tr M)^2 / tr M^2", _from("summary", "effective_rank")),
+    "grsd_spectrum/mean_eigenvalue": Tag(
+        "1 / flow time",
+        "dissipation-weighted mean eigenvalue r^T M^2 r / r^T M r: the scale that is learning now (not rho)",
+        _from("summary", "mean_eigenvalue"),
+    ),
+    "grsd_regime/transport_ratio": Tag(
+        "1", "sum |J_b| / sum D_a over the interval: 0 is lazy", _from("summary", "transport_ratio")
+    ),
+    "grsd_regime/kernel_drift": Tag("1", "|M - M_0|_F / |M_0|_F since the first measurement", _from("summary", "kernel_drift")),
+    "grsd_regime/cka_distance": Tag(
+        "1", "1 - CKA(M, M_0), kernels centred over the probe: change of shape, not of size", _from("summary", "cka_distance")
+    ),
+    "grsd_regime/target_alignment": Tag(
+        "1", "y^T M y / (|M|_F |y|^2), y the targets (class indicators, centred)", _from("summary", "target_alignment")
+    ),
+    "grsd_regime/frozen_kernel_share": Tag(
+        "1",
+        "share of the change of r since the last measurement that the old, frozen kernel explains: "
+        "1 - |r - (1 - lr M)^k r_old|^2 / |r - r_old|^2",
+        _from("summary", "frozen_kernel_share"),
+    ),
+    **{f"grsd_exponents/{name}": Tag("1", meaning, _exponent(name, "exponent")) for name, meaning in _EXPONENTS.items()},
+    **{
+        f"grsd_bands/{name}_{end}": Tag("1", f"{end} end of the 95 % interval of {name}", _exponent(name, end))
+        for name in _EXPONENTS
+        for end in ("lower", "upper")
+    },
+    "grsd_closure/energy": Tag(
+        "1", "(sum E - L) / L: rounding for a squared loss; not emitted else", _from("closures", "energy")
+    ),
+    "grsd_closure/dissipation": Tag(
+        "1", "(sum D - |grad L|^2) / |grad L|^2: rounding for every loss", _from("closures", "dissipation")
+    ),
+    "grsd_closure/transport": Tag(
+        "1", "|sum of transport| / sum |transport|: rounding for every run", _from("closures", "transport")
+    ),
+    "grsd_closure/budget": Tag(
+        "1",
+        "-(L - L_old) / dt over the mean of sum D at both ends: 1 for gradient flow on the probe resolved in time",
+        _from("closures", "budget"),
+    ),
+    "grsd_closure/probe": Tag(
+        "1",
+        "|grad L|^2 dt / work of the actual step: 1 if the probe is what is trained on, full batch, in flow time",
+        _from("closures", "probe"),
+    ),
+    "grsd_closure/chi_minus_rho_q": Tag(
+        "1", "chi - rho q, q of the first measurement: 0 where the law holds", _from("closures", "chi_minus_rho_q")
+    ),
+    "grsd_closure/chi_minus_rho_q_lower": Tag(
+        "1", "lower end of its 95 % interval", _from("closures", "chi_minus_rho_q_lower")
+    ),
+    "grsd_closure/chi_minus_rho_q_upper": Tag(
+        "1", "upper end of its 95 % interval", _from("closures", "chi_minus_rho_q_upper")
+    ),
+    "grsd_health/lr_lambda_max": Tag(
+        "1", "lr x lambda_max: above 2 plain descent leaves gradient flow", _from("health", "lr_lambda_max")
+    ),
+    "grsd_health/unstable": Tag(
+        "flag", "1 if lr x lambda_max > 2: read no gradient-flow law into this instant", _from("health", "unstable")
+    ),
+    "grsd_health/nominal_flow_time": Tag(
+        "flag",
+        "1 if flow time is only nominal: adaptive optimizer, several learning rates or several optimizers",
+        _from("health", "nominal_flow_time"),
+    ),
+    "grsd_health/unresolved_energy": Tag(
+        "1", "share of the energy in shells that are not resolved", _from("health", "unresolved_energy")
+    ),
+    "grsd_health/coverage": Tag(
+        "1", "share of |r|^2 that the bases behind the flux hold (1 when exact)", _from("health", "coverage")
+    ),
+    "grsd_health/gradient_free_parameters": Tag(
+        "count", "parameter tensors without gradient on the probe", _from("health", "gradient_free_parameters")
+    ),
+    "grsd_health/overhead_percent": Tag(
+        "%", "measuring so far over the training time without it", _from("cost", "overhead_percent")
+    ),
+    "grsd_health/seconds": Tag("s", "wall-clock time of this measurement", _from("cost", "seconds")),
+}
+
+#: emitted when a measurement could not be made
+FAILED = "grsd_health/failed"
+#: curves that follow the optimizer step after a measurement
+WORK = "grsd_work"
+SHELL_ENERGY = "grsd_shell_energy"
+
+HISTOGRAMS = {
+    "grsd_histograms/count": ("log10 lambda", "eigenvalues of M per shell"),
+    "grsd_histograms/energy": ("log10 lambda", "shell energies E_a"),
+    "grsd_histograms/dissipation": ("log10 lambda", "shell dissipation D_a"),
+}
+TEMPLATES = {
+    f"{SHELL_ENERGY}/<shell>": ("loss", "E_a = 1/2 sum g_i^2 of the shell; resolved shells that hold energy"),
+    f"{WORK}/total": (
+        "loss",
+        "-<r, sqrt(nu) J dtheta>: first-order loss decrease on the probe by the actual step after the measurement",
+    ),
+    f"{WORK}/effective_lr": ("1", "sum W_a / (lr sum D_a): 1 for full-batch gradient descent on the probe"),
+    FAILED: ("count", "measurements that could not be made so far"),
+}
+
+
+def scalars(snapshot: Snapshot) -> dict[str, float]:
+    """Every scalar of a snapshot under its tag; NaN where there is no number."""
+    values = {tag: float(spec.value(snapshot)) for tag, spec in TAGS.items()}
+    for name, energy, resolved in zip(
+        snapshot.grid.names(), snapshot.energy.tolist(), snapshot.resolved.tolist(), strict=True
+    ):
+        if resolved and energy > 0:
+            values[f"{SHELL_ENERGY}/{name}"] = energy
+    return {tag: value for tag, value in values.items() if math.isfinite(value)}
+
+
+def work_scalars(snapshot: Snapshot) -> dict[str, float]:
+    """The scalars known only after the optimizer step that follows a measurement."""
+    total = float(snapshot.work.nan_to_num(0.0).sum()) if not bool(snapshot.work.isnan().all()) else math.nan
+    values = {
+        f"{WORK}/total": total,
+        f"{WORK}/effective_lr": snapshot.summary.get("effective_lr", math.nan),
+        "grsd_closure/probe": snapshot.closures.get("probe", math.nan),
+    }
+    return {tag: value for tag, value in values.items() if math.isfinite(value)}
+
+
+def histograms(snapshot: Snapshot) -> dict[str, Histogram]:
+    """Counts, energy and dissipation over log10 lambda, buckets = shells (the open ones one shell wide)."""
+    logs = snapshot.edges.log10()
+    width = float((logs[-1] - logs[0]) / (logs.numel() - 1))
+    edges = [float(logs[0]) - width, *logs.tolist(), float(logs[-1]) + width]
+    arrays = {"count": snapshot.counts, "energy": snapshot.energy, "dissipation": snapshot.dissipation}
+    return {
+        f"grsd_histograms/{name}": Histogram.from_buckets(edges, values.clamp_min(0.0).tolist())
+        for name, values in arrays.items()
+        if bool(torch.isfinite(values).all()) and float(values.sum()) > 0
+    }
+
+
+def emission(snapshot: Snapshot) -> Emission:
+    """All that a measurement emits."""
+    return Emission(
+        step=snapshot.step,
+        scalars=scalars(snapshot),
+        histograms=histograms(snapshot),
+        record=snapshot.to_dict(),
+    )
+
+
+def meaning_card() -> str:
+    """Markdown table of every tag with unit and meaning (the text card `grsd_run/meaning`)."""
+    rows = [(tag, spec.unit, spec.meaning) for tag, spec in TAGS.items()]
+    rows += [(tag, unit, meaning) for tag, (unit, meaning) in {**TEMPLATES, **HISTOGRAMS}.items()]
+    lines = ["| tag | unit | meaning |", "|---|---|---|"]
+    lines += [f"| `{tag}` | {unit} | {meaning.replace('|', chr(92) + '|')} |" for tag, unit, meaning in rows]
+    return "\n".join(lines)
+
+
+MEANING, REPORT, SUMMARY = "grsd_run/meaning", "grsd_run/report", "grsd_run/summary"
