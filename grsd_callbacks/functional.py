@@ -9,6 +9,7 @@ Letters: n samples, C outputs per sample, m = n C, P parameters.
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -90,6 +91,18 @@ class ModelFunction:
         """Device of the first selected parameter."""
         return next(iter(self.parameters.values())).device
 
+    def moved(self, velocity: dict[str, Tensor], h: float, dtype: torch.dtype | None = None) -> ModelFunction:
+        """The same function at theta + h velocity, on copies of its own (in another dtype if given)."""
+        other = copy.copy(self)
+        other._target = dtype or self._target
+        other._constants = {name: other._copy(t) for name, t in self._constants.items()}
+        other.parameters = {
+            name: (other._copy(p) + h * velocity[name].detach().to(other._target)).requires_grad_()
+            for name, p in self.parameters.items()
+        }
+        other._inside = False
+        return other
+
     def run(self, function: Callable[[], T]) -> T:
         """Call `function` with the copies in place and the model guarded; nested calls are free."""
         if self._inside:
@@ -117,8 +130,8 @@ class ModelFunction:
         return functional_call(self._wrapper, tensors, (function,))
 
     def _copy(self, tensor: Tensor) -> Tensor:
-        copy = tensor.detach().clone()
-        return copy.to(self._target) if copy.is_floating_point() else copy
+        clone = tensor.detach().clone()
+        return clone.to(self._target) if clone.is_floating_point() else clone
 
     def _as_input(self, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):

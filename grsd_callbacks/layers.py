@@ -42,7 +42,7 @@ class Call:
         self.input = x.detach()
         self.version = _version(x)
         self.shape = output.shape
-        self.edge: GradientEdge = get_gradient_edge(output)
+        self.edge: GradientEdge | None = get_gradient_edge(output)
         self.layout = (1, 1)
         self.active: Tensor | None = None
 

@@ -71,6 +71,7 @@ class ShellMonitor:
         on_error: "warn" (a failed measurement is one warning) or "raise".
         nu: scale of the kernel for general losses, see `resolve_loss`.
         unpack: how to read a loader's batch as (inputs, targets).
+        prefix: what tags begin with, to tell several monitors apart.
         **settings: see `Settings` (method, num_matvecs, shells_per_decade, params, outputs, dtype, ...).
 
     Attributes:
@@ -113,6 +114,7 @@ class ShellMonitor:
         on_error: str = "warn",
         nu: float | None = None,
         unpack: Callable[[Any], tuple[Any, Any]] | None = None,
+        prefix: str = "grsd_",
         **settings: Any,
     ) -> None:
         if on_error not in ("warn", "raise"):
@@ -124,6 +126,7 @@ class ShellMonitor:
         self.schedule = make_schedule(every_n_steps, max_overhead, total_steps, per_decade)
         self.probe: Probe = probe_from(probe, num_probe, *([unpack] if unpack else []))
         self.sinks = SinkGroup([] if writer is None else writer if isinstance(writer, (list, tuple)) else [writer])
+        self.prefix = prefix
         self.on_error = on_error
         self.pair = pair
         self.work = work
@@ -209,6 +212,10 @@ class ShellMonitor:
             self.flow_time += share * num_steps * size.flow
         if size.nominal:
             self._nominal = size.why
+        self._size = size
+
+    def set_step_size(self, size: StepSize) -> None:
+        """Tell the step size of the coming optimizer step."""
         self._size = size
 
     def observe(self, step: int) -> Snapshot | None:
@@ -408,7 +415,7 @@ class ShellMonitor:
         )
         self.history[-1] = done
         self._previous = (done, pending.state) if self._previous is not None else None
-        self.sinks.write(Emission(step=done.step, scalars=tags.work_scalars(done), record=done.to_dict()))
+        self._emit(Emission(step=done.step, scalars=tags.work_scalars(done), record=done.to_dict()))
 
     # -- writing -----------------------------------------------------------------------------------------
 
@@ -416,12 +423,15 @@ class ShellMonitor:
         emission = tags.emission(snapshot)
         texts = {tags.MEANING: tags.meaning_card(), tags.REPORT: self.report} if len(self.history) == 1 else {}
         scalars = {**emission.scalars, tags.FAILED: float(self.num_failed)}
-        self.sinks.write(replace(emission, texts=texts, scalars=scalars))
+        self._emit(replace(emission, texts=texts, scalars=scalars))
+
+    def _emit(self, emission: Emission) -> None:
+        self.sinks.write(emission if self.prefix == "grsd_" else tags.renamed(emission, self.prefix))
 
     def _write_summary(self) -> None:
         table = summary_table(self.history, self.final_exponents())
         last = self.history[-1]
-        self.sinks.write(Emission(step=last.step, texts={tags.SUMMARY: f"```\n{table}\n```"}))
+        self._emit(Emission(step=last.step, texts={tags.SUMMARY: f"```\n{table}\n```"}))
         self.sinks.flush()
 
     def final_exponents(self) -> dict[str, Any]:
@@ -477,7 +487,7 @@ class ShellMonitor:
             "is tried as scheduled. Use on_error='raise' to see the traceback.",
         )
         try:
-            self.sinks.write(Emission(step=step, scalars={tags.FAILED: float(self.num_failed)}))
+            self._emit(Emission(step=step, scalars={tags.FAILED: float(self.num_failed)}))
         except Exception as second:  # the sink itself is what failed
             self._warn("sink", f"grsd: values cannot be written ({second}); they are kept in history.")
 

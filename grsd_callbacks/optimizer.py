@@ -45,7 +45,7 @@ def step_size(optimizers: Optimizer | Iterable[Optimizer]) -> StepSize:
     Example:
         >>> import torch
         >>> w = torch.nn.Parameter(torch.zeros(2))
-        >>> step_size(torch.optim.SGD([w], lr=0.1, momentum=0.9)).flow
+        >>> step_size(torch.optim.SGD([w], lr=0.5, momentum=0.5)).flow
         1.0
     """
     several = [optimizers] if hasattr(optimizers, "param_groups") else list(optimizers)  # type: ignore[arg-type]

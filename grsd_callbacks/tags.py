@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -220,3 +221,18 @@ def meaning_card() -> str:
 
 
 MEANING, REPORT, SUMMARY = "grsd_run/meaning", "grsd_run/report", "grsd_run/summary"
+
+
+def renamed(emission: Emission, prefix: str) -> Emission:
+    """The same emission with tags that begin with another prefix than `grsd_`."""
+
+    def names(values: dict[str, Any]) -> dict[str, Any]:
+        return {prefix + tag.removeprefix("grsd_"): value for tag, value in values.items()}
+
+    return replace(
+        emission,
+        scalars=names(emission.scalars),
+        histograms=names(emission.histograms),
+        texts=names(emission.texts),
+        figures=names(emission.figures),
+    )

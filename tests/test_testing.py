@@ -21,7 +21,7 @@ NETS = {
     "overdetermined": lambda: known.RidgelessRegression(6, 4, noise=0.5),
     "underdetermined": lambda: known.RidgelessRegression(4, 6, noise=0.5),
     "random features": lambda: known.PowerLawRandomFeatures(9, 4, alpha=1.0, beta=0.7),
-    "feature learning": lambda: known.TwoLayerFeatureLearning(5, rtol=1e-11),
+    "feature learning": lambda: known.TwoLayerFeatureLearning(5, rtol=1e-12),
 }
 SYSTEMS = NETS | {
     "rotating pair": lambda: known.RotatingPair(),
@@ -33,12 +33,11 @@ all_cases = pytest.mark.parametrize("system", [pytest.param(make(), id=name) for
 
 
 def close(actual, expected, tol=1e-9):
-    torch.testing.assert_close(
-        torch.as_tensor(actual), torch.as_tensor(expected), rtol=tol, atol=tol, check_dtype=False
-    )
+    actual, expected = (torch.as_tensor(value, dtype=torch.float64) for value in (actual, expected))
+    torch.testing.assert_close(actual, expected, rtol=tol, atol=tol)
 
 
-def slope_in_time(fn, t, step=5e-3):
+def slope_in_time(fn, t, step=2e-3):
     """Fourth-order central difference."""
     return (8 * (fn(t + step) - fn(t - step)) - (fn(t + 2 * step) - fn(t - 2 * step))) / (12 * step)
 
@@ -129,12 +128,12 @@ def test_smooth_budget_closes_and_flux_is_daletskii_krein(system, width):
 @pytest.mark.parametrize("name", MONOTONE)
 def test_sharp_budget_closes_over_crossings(name):
     system = NETS[name]()
-    edges, times = [0.12, 0.25, 0.4, 0.8], torch.linspace(0.2, 3.0, 8001, dtype=torch.float64)
-    carried = system.crossed_energy(0.2, 3.0, edges)
+    edges, times = [0.12, 0.25, 0.4, 0.8], torch.linspace(0.2, 8.0, 4001, dtype=torch.float64)
+    carried = system.crossed_energy(0.2, 8.0, edges)
     lost = torch.trapezoid(torch.stack([system.dissipation(float(t), edges) for t in times]), times, dim=0)
     gain = torch.cat([carried.new_zeros(1), carried]) - torch.cat([carried, carried.new_zeros(1)])
     assert int((carried != 0).sum()) >= 2
-    close(system.energy(3.0, edges) - system.energy(0.2, edges), gain - lost, 2e-4)
+    close(system.energy(8.0, edges) - system.energy(0.2, edges), gain - lost, 1e-3)
 
 
 @pytest.mark.parametrize("name", MONOTONE)
@@ -229,9 +228,9 @@ def test_transport_flux_of_the_continuum():
     edges = torch.logspace(-4, -2, 5, dtype=torch.float64)
     flux = chain.flux_continuum(30.0, edges)
     close(chain.flux(30.0, edges, width=0.02) / flux, torch.ones(5), 2e-3)
-    times = torch.linspace(30.0, 60.0, 301, dtype=torch.float64)
-    integral = torch.trapezoid(torch.stack([chain.flux_continuum(float(t), edges) for t in times]), times, dim=0)
-    close(chain.crossed_energy(30.0, 60.0, edges)[:3] / integral[:3], torch.ones(3), 2e-2)
+    times = torch.linspace(30.0, 900.0, 3001, dtype=torch.float64)  # 500 and 250 modes cross these two edges
+    integral = torch.trapezoid(torch.stack([chain.flux_continuum(float(t), [5e-4, 1e-3]) for t in times]), times, dim=0)
+    close(chain.crossed_energy(30.0, 900.0, [5e-4, 1e-3]) / integral, torch.ones(2), 1e-2)
     assert (flux < 0).all()
     assert chain.flux_continuum(30.0, [0.2, 5.0]).tolist() == [0.0, 0.0]  # beyond 1/(c t), and beyond the first mode
 
@@ -247,8 +246,8 @@ def test_transport_loses_energy_downward_only():
 def test_two_layer_linear_has_the_logistic_drift_and_degenerate_pairs():
     net = known.TwoLayerLinear((1.5, 0.8, 0.4), initial=(0.1, 0.2, 0.3), nu=1.0)
     spectrum, velocity = net.spectrum(0.7).reshape(3, 3), net.spectrum_velocity(0.7).reshape(3, 3)
-    lam, sigma = spectrum.diagonal(), torch.tensor([1.5, 0.8, 0.4])
-    close(velocity.diagonal(), lam * (2 * sigma - lam), 1e-7)
+    lam, sigma = spectrum.diagonal(), torch.tensor([1.5, 0.8, 0.4], dtype=torch.float64)
+    close(velocity.diagonal(), lam * (2 * sigma - lam), 1e-12)
     assert torch.equal(spectrum, spectrum.mT)
     assert (net.flux(0.7, EDGES, 0.5) > 0).all()  # s < sigma: upward
 
@@ -310,7 +309,7 @@ def test_upward_flux_raises_the_upper_energy():
 def test_reversing_the_rotation_reverses_the_flux_only_while_coefficients_agree():
     there, back = (known.RotatingPair(frequency=w) for w in (0.7, -0.7))
     close(there.flux(0.0, [1.0]), -back.flux(0.0, [1.0]))
-    close(there.flux(0.0, [1.0]), torch.tensor([0.7 * 1.0 * 0.8]))
+    close(there.flux(0.0, [1.0]), [0.7 * 1.0 * 0.8])
 
 
 # -- problem 6 -----------------------------------------------------------------------------------------------------
@@ -324,7 +323,7 @@ def test_chain_coupling_ratio_is_that_of_the_kernel_velocity():
     )
     close(basis.mT @ basis, torch.eye(6), 1e-12)
     centre = (chain.eigenvalues[1:] * chain.eigenvalues[:-1]).log() / 2
-    close(chain.coupling_ratio().diagonal(1).log().diff() / centre.diff(), torch.ones(5), 1e-10)  # zeta 1, defect 0
+    close(chain.coupling_ratio().diagonal(1).log().diff() / centre.diff(), torch.ones(4), 1e-10)  # zeta 1, defect 0
 
 
 def test_chain_against_integration_in_the_laboratory_frame():
@@ -435,7 +434,7 @@ def test_feature_learning_state_is_that_of_the_model():
     net = known.TwoLayerFeatureLearning(4, 1.2, 0.6, strength=2.0, rtol=1e-11)
     first, second = (p.detach() for p in trained(net, 1.0, 400).parameters())
     state = net.state(1.0)
-    close(first.mT @ second[0], state.u, 1e-8)
+    close(first.mT @ second[0], net.learned_weights(1.0), 1e-8)
     close(first.mT @ first, state.h, 1e-8)
     close(second.square().sum(), state.s, 1e-8)
 
@@ -448,8 +447,8 @@ def test_feature_learning_does_not_depend_on_what_was_asked_before():
 
 
 def test_feature_learning_error_follows_rtol():
-    reference = known.TwoLayerFeatureLearning(30, rtol=1e-12).residual(8.0)
-    for rtol in (1e-5, 1e-8):
+    reference = known.TwoLayerFeatureLearning(30, rtol=1e-10).residual(8.0)
+    for rtol in (1e-5, 1e-7):
         error = (known.TwoLayerFeatureLearning(30, rtol=rtol).residual(8.0) - reference).norm() / reference.norm()
         assert error < 100 * rtol
 
@@ -514,7 +513,7 @@ def test_no_residual_no_flux():
 def test_rotated_outputs_change_eigenvectors_only(size):
     rng = torch.Generator().manual_seed(5)
     draw = torch.randn(size, size, generator=rng, dtype=torch.float64)
-    rotation = torch.linalg.qr(draw)[0]
+    rotation = torch.linalg.qr(draw)[0].contiguous()
     inputs, targets = (torch.randn(4, n, generator=rng, dtype=torch.float64) for n in (3, 2))
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
@@ -554,9 +553,12 @@ def test_dense_jacobian_rows_are_sample_major_and_columns_follow_params():
 
 
 def test_dense_jacobian_takes_several_arguments():
-    model = nn.Bilinear(2, 3, 1, bias=False).double()
-    left, right = torch.tensor([[1.0, 2.0]]).double(), torch.tensor([[3.0, 4.0, 5.0]]).double()
-    close(known.dense_jacobian(model, (left, right)), torch.outer(left[0], right[0]).flatten()[None], 1e-12)
+    class Gated(nn.Linear):
+        def forward(self, inputs, gate):
+            return gate * super().forward(inputs)
+
+    jacobian = known.dense_jacobian(Gated(2, 1), (torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0]])))
+    close(jacobian, [[3.0, 6.0, 3.0]])
 
 
 def test_smooth_flux_bears_equal_eigenvalues_and_a_null_space():

@@ -67,8 +67,10 @@ def fit_power_law(
     Cost: about 2 ms for 50 points on one CPU core (0.9 ms without `compare`); vectorised over replicates, breaks
         and floors. No torch.
 
-    Accuracy: 95 % intervals covered 93-98 % of 400 or more series each of 16 to 60 points with white, growing and
-        AR(1) noise (coefficient 0.6); with fewer than 12 points *and* such correlation about 90 %.
+    Accuracy: 95 % intervals covered 92.6-98.4 % of 800 to 2,000 series each of 16 to 200 points with white, growing
+        and AR(1) noise (coefficient 0.6); with 8 to 12 points *and* such correlation 90-91 %. Slower correlations
+        undercover: 0.8 gave about 90 % for 25 points. Verdicts on 50 points with 2 % noise were right in 97 % or more
+        of 400 series of each shape; with 10 % noise and 24 points breaks and floors mostly end as "undecided".
 
     Source: York et al., Am. J. Phys. 72 (2004) 367, for errors in both coordinates; studentised wild bootstrap with
         HC3 errors, coloured by an AR(1). The combination is our operational definition.

@@ -127,8 +127,12 @@ def _fitted_shapes(log_x, log_y, whiten) -> dict[str, np.ndarray]:
 
 
 def _best_hinge(log_x, z, whiten, *, num_breaks: int = 40) -> np.ndarray:
-    """The column `max(X - X_break, 0)` that explains most; at least three points on each side of the break."""
-    breaks = np.linspace(log_x[2], log_x[-3], num_breaks)
+    """The column `max(X - X_break, 0)` that explains most.
+
+    Each branch has at least three points and 15 % of the range of X: shorter ones are stray points, not exponents.
+    """
+    edge = 0.15 * (log_x[-1] - log_x[0])
+    breaks = np.linspace(max(log_x[2], log_x[0] + edge), min(log_x[-3], log_x[-1] - edge), num_breaks)
     hinges = np.maximum(log_x - breaks[:, None], 0.0)
     q, _ = np.linalg.qr(whiten(np.stack([np.ones_like(log_x), log_x])).T)
     h = whiten(hinges)

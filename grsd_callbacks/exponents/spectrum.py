@@ -57,8 +57,9 @@ def fit_spectrum(
 
     Cost: a sort and one `fit_power_law`.
 
-    Accuracy: exact for an exact power law. The probe's finite size bends the spectrum within the window; that bias is
-        not in the interval.
+    Accuracy: exact for an exact power law. The probe's finite size bends the spectrum within the window, and that
+        bias is not in the interval: for Gaussian features with a = 1.5 the mean was 1.46 (m = 200) and 1.47 (m = 400),
+        and 95 % intervals held 1.5 in 65 and 50 % of 40 draws. Lower `max_rank` where it matters.
 
     Source: conventions of arXiv:2511.07892; window and thinning are our operational definition.
 

@@ -1,23 +1,35 @@
-"""The exact kernel matrix J J^T: rows of J formed in chunks, contracted and dropped.
+"""The exact kernel matrix J J^T, layer by layer: J is never formed as a whole, and nothing is left out.
+
+    J J^T = sum over parameters p of J_p J_p^T
+
+Layers that `layers` knows are contracted from their inputs and output gradients in the cheapest of three forms;
+every other parameter takes explicit rows, in parts. Each call proves its own completeness: every rule against
+autograd's J_p^T v, and in the end v^T K v = |J^T v|^2.
 
 Letters: n samples, C outputs per sample, m = n C rows, P parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from grsd_callbacks.functional import ModelFunction
+from grsd_callbacks.gram.capture import Record, record
+from grsd_callbacks.gram.checks import TOTAL_TOLERANCE, Reference, checked
+from grsd_callbacks.gram.contraction import Accumulator
+from grsd_callbacks.gram.sweep import Irregular, Sweeper
+from grsd_callbacks.gram.terms import DiagonalTerm, FactoredTerm, LeafTerm, SharedTerm, Term, spans
 from grsd_callbacks.losses import wide_dtype
 from grsd_callbacks.probe import num_samples, take
 
-#: bytes of explicit rows held at a time, by default
+#: bytes of temporaries held at a time, by default
 ROW_MEMORY = 256 * 2**20
+_LEAST_MEMORY = 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,90 +38,251 @@ class Gram:
 
     Attributes:
         matrix: J J^T, shape (m, m), float64 where the device has it, symmetric.
-        paths: for every parameter name, the path its contribution took.
+        paths: for every parameter name, the form its contribution took ("unused": it has none).
         num_unused: parameters whose gradient is identically zero on the probe (zero columns of J).
+        blocks: J_p J_p^T by parameter or module, if asked for; they sum to `matrix`.
+        check_gap: |v^T K v - |J^T v|^2| / |J^T v|^2 for a random v.
     """
 
     matrix: Tensor
     paths: dict[str, str]
     num_unused: int
+    blocks: dict[str, Tensor] | None = None
+    check_gap: float = float("nan")
 
 
-def exact_gram(function: ModelFunction, inputs: Any, *, memory_limit: int = ROW_MEMORY) -> Gram:
+@dataclass(frozen=True)
+class GramEstimate:
+    """What `exact_gram` would cost: multiplications (contractions, passes over f not counted) and peak bytes."""
+
+    operations: float
+    peak_bytes: int
+    paths: dict[str, str]
+
+
+def exact_gram(
+    function: ModelFunction, inputs: Any, *, memory_limit: int = ROW_MEMORY, blocks: str | None = None
+) -> Gram:
     """J J^T of a model on a batch, accumulated in float64.
 
     Args:
         function: the model as a function of its parameters.
         inputs: the batch, n samples.
-        memory_limit: bytes of explicit rows held at a time.
+        memory_limit: bytes of temporaries held at a time (gradients, rows, float64 copies), beside the matrix
+            and the graph of one forward on the batch. Smaller is slower, never different. Where memory runs out
+            all the same it is halved, as often as needed.
+        blocks: also return the kernels of "parameter"s or "module"s, m^2 numbers each.
 
-    Cost: C backward passes over each sample's own graph, m^2 P multiplications; rows of J in chunks of
-        at most `memory_limit` bytes (rows are formed again where not all fit).
+    Returns:
+        The kernel, and by which form each parameter entered it.
 
-    Accuracy: rows in the model's dtype, sums in float64.
+    Raises:
+        ValueError: `blocks` is unknown; outputs that are not (n, ...) or do not depend on the parameters.
+
+    Warns:
+        RuntimeWarning: the structured kernel failed its check (samples that interact, say) and was recomputed
+            from explicit rows.
+
+    Cost: three passes over the batch, C backward passes; then per layer the least of m^2 p q (rows),
+        m^2 q + n^2 p (one position) and n^2 T^2 p + n m T^2 q + m^2 T q (T positions), halved by symmetry.
+        Parameters without a rule add backward passes on single samples, m of them, and m^2 times their number.
+
+    Accuracy: gradients in the model's dtype, all sums over parameters in float64: eigenvalues right to the
+        dtype's rounding of J, so small ones to about (eps lambda_max / lambda)^(1/2).
     """
-    return function.run(lambda: _generic_gram(function, inputs, memory_limit))
+    if blocks not in (None, "parameter", "module"):
+        raise ValueError(f"blocks must be None, 'parameter' or 'module', got {blocks!r}")
+    while True:
+        try:
+            return function.run(lambda: _Computation(function, inputs, memory_limit, blocks).gram())
+        except RuntimeError as error:
+            if not _is_out_of_memory(error) or memory_limit <= _LEAST_MEMORY:
+                raise
+        memory_limit = max(_LEAST_MEMORY, memory_limit // 2)
 
 
-def _generic_gram(function: ModelFunction, inputs: Any, memory_limit: int) -> Gram:
-    rows = _Rows(function, inputs)
-    wide = wide_dtype(function.device)
-    matrix = torch.zeros(rows.total, rows.total, dtype=wide, device=function.device)
-    groups = list(rows.groups(memory_limit))
-    for a, group in enumerate(groups):
-        left = rows.of(group).to(wide)
-        matrix[rows.span(group), rows.span(group)] = left @ left.T
-        for other in groups[a + 1 :]:
-            block = left @ rows.of(other).to(wide).T
-            matrix[rows.span(group), rows.span(other)] = block
-            matrix[rows.span(other), rows.span(group)] = block.T
-    matrix = (matrix + matrix.T) / 2
-    return Gram(matrix, dict.fromkeys(function.parameters, "rows"), rows.num_unused)
+def gram_operations(function: ModelFunction, inputs: Any, *, memory_limit: int = ROW_MEMORY) -> GramEstimate:
+    """Multiplications and peak memory of `exact_gram`, from one recorded forward.
+
+    Cost: one forward and the two backward passes of the checks.
+    """
+    return function.run(lambda: _Computation(function, inputs, memory_limit, None).estimate())
 
 
-class _Rows:
-    """Explicit rows of J, by groups of samples (or of outputs, where samples interact)."""
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    message = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in message or "can't allocate" in message
 
-    def __init__(self, function: ModelFunction, inputs: Any) -> None:
-        self.function = function
-        self.inputs = inputs
+
+class _Computation:
+    """One kernel: record, check, plan, sweep, contract, certify."""
+
+    def __init__(self, function: ModelFunction, inputs: Any, memory_limit: int, blocks: str | None) -> None:
+        self.function, self.inputs = function, inputs
+        self.memory_limit, self.blocks = memory_limit, blocks
         self.n = num_samples(inputs)
-        with torch.no_grad():
-            whole = function.outputs(inputs)
-            self.width = whole[0].numel()
-            alone = function.outputs(take(inputs, slice(0, 1), self.n))
-        self.total = self.n * self.width
+        self.tolerance = TOTAL_TOLERANCE.get(function.dtype, 1e-4)
+
+    def estimate(self) -> GramEstimate:
+        whole = record(self.function, self.inputs, self.n)
+        terms = self._terms(whole, self._check(whole)[1])
+        m = whole.outputs.numel()
+        kept = sum(term.kept for term in terms) * m * whole.outputs.element_size()
+        graph = 2 * sum(call.numel for call in whole.calls) * whole.outputs.element_size()
+        peak = 8 * m * m + min(self.memory_limit, kept + 8 * m * max((term.kept for term in terms), default=0)) + graph
+        return GramEstimate(sum(term.operations for term in terms), int(peak), self._paths(terms))
+
+    def gram(self) -> Gram:
+        if self.function.mode != "eval" and not self._independent():
+            whole = record(self.function, self.inputs, self.n)
+            return self._interacting(whole, self._check(whole)[0])
+        reference, gram, why = self._structured()
+        if gram is not None and gram.check_gap <= self.tolerance:
+            return gram
+        if gram is not None:
+            why = f"v^T K v misses |J^T v|^2 by {gram.check_gap:.1e} (relative)"
+        gram = self._by_rows(reference)
+        warnings.warn(
+            f"the structured kernel is not complete for this model ({why}); it was recomputed from explicit rows "
+            f"({next(iter(gram.paths.values()))}), check gap {gram.check_gap:.1e}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return gram
+
+    def _structured(self) -> tuple[Reference, Gram | None, str]:
+        whole = record(self.function, self.inputs, self.n)
+        reference, uses = self._check(whole)
+        try:
+            return reference, self._assemble(self._terms(whole, uses), whole, reference), ""
+        except Irregular as error:
+            return reference, None, str(error)
+
+    def _by_rows(self, reference: Reference) -> Gram:
+        """Every parameter by explicit rows: of single samples if they are independent, else of the whole batch."""
+        whole = record(self.function, self.inputs, self.n)
+        if self._independent():
+            try:
+                gram = self._assemble(self._leaf_terms(list(self.function.parameters), whole), whole, reference)
+            except Irregular:
+                gram = None
+            if gram is not None and gram.check_gap <= self.tolerance:
+                return gram
+        return self._interacting(record(self.function, self.inputs, self.n), reference)
+
+    def _interacting(self, whole: Record, reference: Reference) -> Gram:
+        """Explicit rows on the graph of the whole batch: one "sample" of m outputs."""
+        one = replace(whole, outputs=whole.outputs.reshape(1, -1), calls=[], uses={})
+        reference = replace(reference, v=reference.v.reshape(1, -1))
+        names = [name for name in self.function.parameters if name not in whole.unused]
+        gram = self._assemble(self._leaf_terms(names, one), one, reference)
+        return replace(gram, paths={k: "rows:interacting" if p == "rows" else p for k, p in gram.paths.items()})
+
+    def _independent(self) -> bool:
+        """Whether the first half of the samples gives the same outputs without the rest."""
+        half = slice(0, (self.n + 1) // 2)
+        try:
+            with torch.no_grad():
+                whole = self.function.outputs(self.inputs)
+                part = self.function.outputs(take(self.inputs, half, self.n))
+        except (ValueError, RuntimeError):
+            return False
         eps = torch.finfo(whole.dtype).eps
-        self.independent = torch.allclose(whole[:1], alone, rtol=100 * eps**0.5, atol=eps**0.5)
-        self.num_unused = 0
+        return torch.allclose(whole[half], part, rtol=100 * eps**0.5, atol=eps**0.5, equal_nan=True)
 
-    def groups(self, memory_limit: int) -> Iterator[range]:
-        """Consecutive samples whose float64 rows (and those of one partner group) stay in the bound."""
-        per_sample = self.width * self.function.num_parameters * 8 * 2
-        size = max(1, int(memory_limit // max(per_sample, 1)))
-        return (range(i, min(i + size, self.n)) for i in range(0, self.n, size))
+    def _check(self, whole: Record) -> tuple[Reference, dict[str, Any]]:
+        patches = self.memory_limit // (4 * whole.outputs.element_size())
+        return checked(whole, self.function, keep_graph=True, max_patches=patches)
 
-    def span(self, group: range) -> slice:
-        return slice(group.start * self.width, group.stop * self.width)
+    # -- plan --------------------------------------------------------------------------------------------
 
-    def of(self, group: range) -> Tensor:
-        """The rows of the samples in `group`, shape (len(group) C, P)."""
-        if self.independent:
-            return torch.cat([self._rows(take(self.inputs, slice(i, i + 1), self.n), slice(None)) for i in group])
-        return self._rows(self.inputs, self.span(group))
+    def _terms(self, whole: Record, uses: dict[str, Any]) -> list[Term]:
+        """The cheapest form of every parameter that reaches the outputs."""
+        most = self._most(whole)
+        n, width = whole.outputs.shape
+        terms: list[Term] = []
+        joined: set[str] = set()
+        for name, pairs in uses.items():
+            call, role = pairs[0]
+            if len(pairs) == 1 and call.is_factored(role):
+                if call.positions:
+                    new = self._factored(call, name, uses, width, most)
+                    joined.update(new[0].names[1:])
+                    terms += new
+        for name, pairs in uses.items():
+            call, role = pairs[0]
+            parameter = self.function.parameters[name]
+            if name in joined or (len(pairs) == 1 and call.is_factored(role)):
+                continue
+            if not any(c.is_factored(r) for c, r in pairs):
+                terms.append(DiagonalTerm(pairs, name, n, width, parameter.numel()))
+                continue
+            for span in spans(parameter.shape[0], parameter[0].numel(), most):
+                terms.append(SharedTerm(pairs, name, n, width, parameter.shape, span))
+        rest = [name for name in self.function.parameters if name not in uses and name not in whole.unused]
+        return terms + self._leaf_terms(rest, whole)
 
-    def _rows(self, inputs: Any, span: slice) -> Tensor:
-        leaves = list(self.function.parameters.values())
-        flat = self.function.outputs(inputs).reshape(-1)[span]
-        rows = [torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True) for value in flat.unbind()]
-        self.num_unused = sum(g is None for g in rows[0])
-        return torch.stack([_flat(row, leaves) for row in rows])
+    def _factored(self, call: Any, name: str, uses: dict[str, Any], width: int, most: int) -> list[FactoredTerm]:
+        n = self.n
+        term = FactoredTerm(call, [name], n, width)
+        bias = call.names.get("bias")
+        joint = self.blocks != "parameter" and term.method != "rows" and call.path in ("linear", "conv")
+        names = [name, bias] if joint and bias in uses and len(uses[bias]) == 1 else [name]
+        return [FactoredTerm(call, names, n, width, span) for span in spans(call.q, term.kept // call.q, most)]
+
+    def _leaf_terms(self, names: list[str], whole: Record) -> list[Term]:
+        n, width = whole.outputs.shape
+        sizes = {name: self.function.parameters[name].numel() for name in names}
+        most = self._most(whole)
+        return [LeafTerm(name, n, width, span, size) for name, size in sizes.items() for span in spans(size, 1, most)]
+
+    def _most(self, whole: Record) -> int:
+        """Numbers per row of J that terms may keep in one sweep."""
+        return max(1, self.memory_limit // (2 * whole.outputs.numel() * whole.outputs.element_size()))
+
+    # -- work --------------------------------------------------------------------------------------------
+
+    def _assemble(self, terms: list[Term], whole: Record, reference: Reference) -> Gram:
+        n, width = whole.outputs.shape
+        sweeper = Sweeper(self.function, self.inputs, whole, self.memory_limit // 4)
+        groups = _packed(terms, self._most(whole))
+        if not any(sweeper.keeps_whole(group) for group in groups):
+            whole.release()
+        totals: dict[str, Accumulator] = {}
+        wide = wide_dtype(self.function.device)
+        for group in groups:
+            sweeper.run(group, whole if sweeper.keeps_whole(group) else None)
+            for term in group:
+                key = self._key(term)
+                if key not in totals:
+                    totals[key] = Accumulator(n, width, wide, self.function.device, self.memory_limit // 4)
+                term.contract(totals[key])
+        if not totals:
+            totals[""] = Accumulator(n, width, wide, self.function.device, self.memory_limit // 4)
+        matrices = {key: total.finish() for key, total in totals.items()}
+        parts = list(matrices.values())
+        matrix = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+        return Gram(
+            matrix, self._paths(terms), len(whole.unused), matrices if self.blocks else None, reference.gap(matrix)
+        )
+
+    def _key(self, term: Term) -> str:
+        name = term.names[0]
+        return {"parameter": name, "module": name.rpartition(".")[0]}.get(self.blocks or "", "")
+
+    def _paths(self, terms: list[Term]) -> dict[str, str]:
+        paths = {name: term.path for term in terms for name in term.names}
+        return {name: paths.get(name, "unused") for name in self.function.parameters}
 
 
-def _flat(gradients: tuple[Tensor | None, ...], leaves: list[Tensor]) -> Tensor:
-    return torch.cat(
-        [
-            torch.zeros_like(p).reshape(-1) if g is None else (g.to_dense() if g.is_sparse else g).reshape(-1)
-            for g, p in zip(gradients, leaves, strict=True)
-        ]
-    )
+def _packed(terms: list[Term], most: int) -> list[list[Term]]:
+    """Groups of consecutive terms, latest layers first, that keep at most `most` numbers per row together."""
+    groups: list[list[Term]] = []
+    total = 0
+    for term in reversed(terms):
+        if not groups or total + term.kept > most:
+            groups.append([])
+            total = 0
+        groups[-1].append(term)
+        total += term.kept
+    return groups

@@ -22,7 +22,7 @@ from grsd_callbacks.layers import Call, rule_of
 Uses = dict[str, list[tuple[Call, str]]]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Record:
     """A forward on n samples.
 
@@ -37,6 +37,12 @@ class Record:
     calls: list[Call]
     uses: Uses
     unused: set[str]
+
+    def release(self) -> None:
+        """Let go of the graph; inputs of the layers stay."""
+        self.outputs = self.outputs.detach()
+        for call in self.calls:
+            call.edge = None
 
 
 def record(function: ModelFunction, inputs: Any, n: int) -> Record:

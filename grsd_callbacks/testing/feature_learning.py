@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,28 +17,31 @@ from . import check
 from .system import System
 
 # Dormand-Prince 5(4): stage weights, final weights, difference to the embedded fourth-order weights.
-_STAGES = (
-    (),
-    (1 / 5,),
-    (3 / 40, 9 / 40),
-    (44 / 45, -56 / 15, 32 / 9),
-    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
-    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
-    (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
-)
-_FINAL = (*_STAGES[-1], 0.0)
-_ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
+_STAGES = [
+    np.array(row)
+    for row in (
+        (),
+        (1 / 5,),
+        (3 / 40, 9 / 40),
+        (44 / 45, -56 / 15, 32 / 9),
+        (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+        (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+        (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+    )
+]
+_FINAL = np.append(_STAGES[-1], 0.0)
+_ERROR = np.array([71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40])
 _PER_DECADE = 4  # stored states: every request starts from the same grid, so results do not depend on their order
 _FIRST = 1e-2
 
 
 class FeatureState(NamedTuple):
-    """The state at flow time t: ``u`` (K,), ``h`` (K, K) symmetric, ``s`` a number."""
+    """The state at flow time t: ``d = w* - u`` (K,), ``h`` (K, K) symmetric, ``s`` a number."""
 
     t: float
-    u: Tensor
+    d: Tensor
     h: Tensor
-    s: Tensor
+    s: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +68,8 @@ class TwoLayerFeatureLearning(System):
 
     Cost:
         Explicit Dormand-Prince, limited by stability to steps of about ``3/lambda_max(M)``, and lambda_max grows to
-        20 to 40: some 10 t steps of 7 products with H and one rank-14 update (K = 200, t = 56: half a second; K = 600,
-        t = 240: 20 s). One state (K^2 numbers) kept per quarter decade.
+        20 to 40: some 10 t steps of 7 products with H and one rank-14 update (K = 200, t = 50: half a second; K = 600,
+        t = 240: 8 s). One state (K^2 numbers) kept per quarter decade.
 
     Accuracy:
         About 10 to 100 times rtol in r and M; M' follows from the state without differencing. rho and chi are
@@ -92,8 +96,8 @@ class TwoLayerFeatureLearning(System):
         for name in ("spectrum_exponent", "energy_exponent", "strength", "rtol"):
             check.positive(name, getattr(self, name))
         object.__setattr__(self, "nu", self._nu)
-        zero = torch.zeros(self.num_modes, dtype=torch.float64)
-        self._grid.append(FeatureState(0.0, zero, torch.eye(self.num_modes, dtype=torch.float64), zero.sum()))
+        identity = torch.eye(self.num_modes, dtype=torch.float64)
+        self._grid.append(FeatureState(0.0, self.target_weights, identity, 0.0))
 
     @property
     def _nu(self) -> float:
@@ -135,12 +139,16 @@ class TwoLayerFeatureLearning(System):
         return self.strength**2 * self.num_modes**-aq / (2 * aq)
 
     def state(self, t: float) -> FeatureState:
-        """u, H, s at flow time ``t``; the same whatever was asked before."""
+        """d, H and s at flow time ``t``; the same whatever was asked before."""
         check.non_negative("t", t)
         while _grid_time(len(self._grid)) <= t:
             self._grid.append(self._advance(self._grid[-1], _grid_time(len(self._grid))))
         start = next(state for state in reversed(self._grid) if state.t <= t)
         return self._advance(start, t)
+
+    def learned_weights(self, t: float) -> Tensor:
+        """u(t) = w* - d, (K,)."""
+        return self.target_weights - self.state(t).d
 
     def kernel(self, t: float) -> Tensor:
         """Lambda^{1/2} (H + s I) Lambda^{1/2}, (K, K)."""
@@ -150,16 +158,16 @@ class TwoLayerFeatureLearning(System):
     def kernel_velocity(self, t: float) -> Tensor:
         """Lambda^{1/2} (H' + s' I) Lambda^{1/2}, (K, K), from the state, not by differences."""
         state = self.state(t)
-        v = self.variances * (self.target_weights - state.u)
-        return self._weighted(torch.outer(v, state.u) + torch.outer(state.u, v), 2 * state.u @ v)
+        u, v = self.target_weights - state.d, self.variances * state.d
+        return self._weighted(torch.outer(v, u) + torch.outer(u, v), 2 * float(u @ v))
 
     def residual(self, t: float) -> Tensor:
         """-Lambda^{1/2} d, (K,)."""
-        return self.variances.sqrt() * (self.state(t).u - self.target_weights)
+        return -self.variances.sqrt() * self.state(t).d
 
     def progress(self, t: float) -> Tensor:
         """``-1/2 log(E_k(t)/E_k(0))`` per mode of the frozen basis (that of t = 0), (K,)."""
-        return -((self.target_weights - self.state(t).u) / self.target_weights).abs().log()
+        return -(self.state(t).d / self.target_weights).abs().log()
 
     def frontier(self, t: float, level: float = 0.5) -> float:
         """lambda*_0(t): the variance of the first mode whose progress is below ``level``; slope -rho in log t.
@@ -192,7 +200,7 @@ class TwoLayerFeatureLearning(System):
         nn.init.zeros_(second.weight)
         return nn.Sequential(first, second)
 
-    def _weighted(self, matrix: Tensor, scalar: Tensor) -> Tensor:
+    def _weighted(self, matrix: Tensor, scalar: float) -> Tensor:
         root = self.variances.sqrt()
         return root[:, None] * matrix * root + scalar * self.variances.diag()
 
@@ -208,28 +216,32 @@ class TwoLayerFeatureLearning(System):
 
     def _try_step(self, state: FeatureState, step: float) -> tuple[FeatureState, float]:
         """One Dormand-Prince step; H never leaves its base point: stages add ``v u^T + u v^T`` as low-rank products."""
-        u_jk, v_jk, du_jk = (torch.empty(7, self.num_modes, dtype=torch.float64) for _ in range(3))
-        ds_j = torch.empty(7, dtype=torch.float64)
+        lam, target, h = self.variances.numpy(), self.target_weights.numpy(), state.h.numpy()
+        u_jk, v_jk, slope_jk = np.zeros((3, 7, self.num_modes))
+        growth_j = np.zeros(7)
         for j, row in enumerate(_STAGES):
-            weights = step * torch.tensor(row, dtype=torch.float64)
-            u = state.u + weights @ du_jk[:j]
-            v = self.variances * (self.target_weights - u)
+            weights = step * row
+            d = state.d.numpy() + weights @ slope_jk[:j]
+            u, v = target - d, lam * d
             turned = (weights * (u_jk[:j] @ v)) @ v_jk[:j] + (weights * (v_jk[:j] @ v)) @ u_jk[:j]
-            u_jk[j], v_jk[j], ds_j[j] = u, v, 2 * u @ v
-            du_jk[j] = state.h @ v + turned + (state.s + weights @ ds_j[:j]) * v
-        final, wrong = (step * torch.tensor(row, dtype=torch.float64) for row in (_FINAL, _ERROR))
-        product = (final[:, None] * v_jk).mT @ u_jk
+            slope_jk[j] = -(h @ v + turned + (state.s + weights @ growth_j[:j]) * v)
+            u_jk[j], v_jk[j], growth_j[j] = u, v, 2 * u @ v
+        final = step * _FINAL
+        d = state.d.numpy() + final @ slope_jk
+        product = (final[:, None] * v_jk).T @ u_jk
         new = FeatureState(
-            state.t + step, state.u + final @ du_jk, state.h + product + product.mT, state.s + final @ ds_j
+            state.t + step,
+            torch.from_numpy(d),
+            torch.from_numpy(h + product + product.T),
+            float(state.s + final @ growth_j),
         )
-        return new, self._error(wrong, u_jk, v_jk, du_jk, ds_j, new.u)
-
-    def _error(self, wrong: Tensor, u_jk: Tensor, v_jk: Tensor, du_jk: Tensor, ds_j: Tensor, u: Tensor) -> float:
-        root = self.variances.sqrt()
-        residual_error = (root * (wrong @ du_jk)).norm() / (root * (self.target_weights - u)).norm().clamp_min(1e-300)
-        gram = ((root * u_jk) @ (root * u_jk).mT) * ((root * v_jk) @ (root * v_jk).mT)
-        kernel_error = 2 * (wrong @ gram @ wrong).clamp_min(0).sqrt() + (wrong @ ds_j).abs()
-        return float(torch.maximum(residual_error, kernel_error)) / self.rtol
+        root = np.sqrt(lam)
+        residual_error = np.linalg.norm(root * (step * _ERROR @ slope_jk)) / (np.linalg.norm(root * d) + 1e-150)
+        gram = ((root * u_jk) @ (root * u_jk).T) * (
+            (root * v_jk) @ (root * v_jk).T
+        )  # |sum_j e_j v_j u_j^T|_F^2 = e G e
+        kernel_error = 2 * math.sqrt(max(0.0, _ERROR @ gram @ _ERROR)) * step + abs(step * _ERROR @ growth_j)
+        return new, max(residual_error, kernel_error) / self.rtol
 
 
 def _grid_time(index: int) -> float:

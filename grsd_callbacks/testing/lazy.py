@@ -179,7 +179,8 @@ class PowerLawKernel(ConstantKernel):
         self._convergent()
         q, a = self.energy_exponent, self.spectrum_exponent
         lower, upper = (self.num_modes + 0.5) ** -a, 0.5**-a
-        bounds = torch.cat([torch.tensor([lower]), check.edge_tensor(edges).clamp(lower, upper), torch.tensor([upper])])
+        inner = check.edge_tensor(edges).clamp(lower, upper)
+        bounds = torch.cat([inner.new_tensor([lower]), inner, inner.new_tensor([upper])])
         if check.non_negative("t", t) == 0:
             return (bounds**q).diff() / (2 * a * q)
         below = torch.special.gammainc(torch.tensor(q, dtype=torch.float64), 2 * t * bounds) * math.gamma(q)

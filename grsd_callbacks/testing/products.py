@@ -48,7 +48,7 @@ class ScalarProduct(FixedBasis):
     def output(self, t: float) -> Tensor:
         """f(t), (1,)."""
         first, second, target = (torch.tensor([v], dtype=torch.float64) for v in (self.first, self.second, self.target))
-        return _product(first, second, target, torch.tensor([self._nu * check.non_negative("t", t)]))
+        return _product(first, second, target, torch.full_like(target, self._nu * check.non_negative("t", t)))
 
     @property
     def conserved(self) -> float:

@@ -1,0 +1,371 @@
+"""The Lightning callbacks: hooks that delegate to `ShellMonitor`. The only importer of Lightning."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback as _Callback
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.utils._pytree import tree_map
+
+from grsd_callbacks.functional import ModelFunction, select_parameters
+from grsd_callbacks.guard import preserve_object_rng, preserve_rng
+from grsd_callbacks.losses import Loss, check_pair, resolve_loss
+from grsd_callbacks.measure import Settings
+from grsd_callbacks.monitor import MeasurementWarning, ShellMonitor, check_num_probe, make_schedule
+from grsd_callbacks.optimizer import step_size
+from grsd_callbacks.probe import Probe, concatenate, probe_from, unpack_batch
+from grsd_callbacks.sinks import JSONLinesSink, LoggerSink, Sink
+from grsd_callbacks.snapshot import Snapshot
+
+try:  # the same Lightning under its other name; each Trainer accepts only its own Callback class
+    from pytorch_lightning import Callback as _OtherCallback
+except ImportError:
+    _OtherCallback = _Callback
+
+_BASES = (_Callback,) if _OtherCallback is _Callback else (_Callback, _OtherCallback)
+
+#: m = samples x outputs that probe="auto" aims at, by device type
+PROBE_SIZE = {"cpu": 320, "cuda": 2048}
+#: file of JSON lines in the run's log folder
+JSON_LINES = "grsd.jsonl"
+
+
+class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
+    """Spectrum of the empirical NTK in logarithmic shells, their energy, dissipation and flux, while training.
+
+    Add it to any Trainer; training stays bit-identical. Measured before the first step, then on a log-spaced
+    schedule that is thinned once so that measuring takes at most `max_overhead` of the training time, and at the end.
+    Values go to every logger of the Trainer, at the step of the user's own curves, and to `grsd.jsonl`.
+
+    Args:
+        loss: "auto" (an `nn.MSELoss`/`nn.CrossEntropyLoss` that is an attribute of the module), "mse",
+            "cross_entropy", such a module, or a callable (outputs, targets) -> scalar; the model's outputs are
+            what the LightningModule's `forward` returns.
+        probe: "auto" (samples of the first training batch, more from the data set where it has not enough),
+            `(inputs, targets)`, or a DataLoader.
+        num_probe: samples on the probe; None: so many that samples x outputs is about 320 (CPU) or 2,048 (GPU).
+        every_n_steps: optimizer steps between measurements; None is the default schedule.
+        max_overhead: largest share of the training time for the default schedule; None: no limit.
+        method: "auto" (exact while samples x outputs is small), "exact", or "krylov".
+        num_matvecs: kernel products for energies where not exact.
+        shells_per_decade: shells a decade of eigenvalues.
+        per_decade: measurements a decade of steps before thinning.
+        pair: measure before and after the step at each due point.
+        work: measure the work of the optimizer step after each measurement.
+        params: name patterns of the parameters to measure; None: all trainable ones.
+        outputs: function from the model's raw output to the tensor (n, ...) that the loss takes.
+        unpack: function from a batch to (inputs, targets), where they cannot be told apart.
+        nu: scale of the kernel for general losses (`resolve_loss`).
+        dtype: "float32" or "float64" for the measurement; None: the parameters' own, at least float32.
+        memory_limit: bytes of explicit rows of J held at a time.
+        json_lines: "auto" (`grsd.jsonl` in the log folder), a path, or None.
+        on_error: "warn" (a failed measurement is one warning) or "raise".
+        name: tells several instances apart; tags then begin with `grsd_<name>_`.
+
+    Attributes:
+        history: list of `Snapshot`, one per measurement.
+
+    Raises:
+        ValueError, TypeError: wrong use, before the first step.
+
+    Example:
+        >>> import grsd_callbacks as grsd
+        >>> grsd.ShellDynamicsCallback(loss="mse", every_n_steps=100).history
+        []
+    """
+
+    def __init__(
+        self,
+        loss: Any = "auto",
+        probe: Any = "auto",
+        num_probe: int | None = None,
+        every_n_steps: int | None = None,
+        max_overhead: float | None = 0.02,
+        method: str = "auto",
+        num_matvecs: int = 64,
+        shells_per_decade: int = 3,
+        per_decade: int = 10,
+        pair: bool = False,
+        work: bool = True,
+        params: str | list[str] | None = None,
+        outputs: Callable[[Any], Tensor] | None = None,
+        unpack: Callable[[Any], tuple[Any, Any]] | None = None,
+        nu: float | None = None,
+        dtype: str | torch.dtype | None = None,
+        memory_limit: int | None = None,
+        json_lines: str | None = "auto",
+        on_error: str = "warn",
+        name: str = "",
+    ) -> None:
+        super().__init__()
+        if isinstance(probe, str) and probe != "auto":
+            raise ValueError(f"probe must be 'auto', (inputs, targets) or a DataLoader, got {probe!r}")
+        if on_error not in ("warn", "raise"):
+            raise ValueError(f"on_error must be 'warn' or 'raise', got {on_error!r}")
+        if name and not name.replace("_", "").isalnum():
+            raise ValueError(f"name must consist of letters, digits and underscores, got {name!r}")
+        check_num_probe(num_probe)
+        make_schedule(every_n_steps, max_overhead, None, per_decade)
+        self._settings = {
+            "method": method,
+            "num_matvecs": num_matvecs,
+            "shells_per_decade": shells_per_decade,
+            "params": params,
+            "outputs": outputs,
+            "dtype": _as_dtype(dtype),
+            "memory_limit": memory_limit,
+        }
+        Settings(**self._settings)
+        if loss != "auto":
+            resolve_loss(loss, nu)
+        self._loss, self._nu = loss, nu
+        self._probe, self._num_probe, self._unpack = probe, num_probe, unpack or unpack_batch
+        self._schedule = {"every_n_steps": every_n_steps, "max_overhead": max_overhead, "per_decade": per_decade}
+        self._pair, self._work = pair, work
+        self._json_lines, self._on_error, self.name = json_lines, on_error, name
+        self._resolved: Loss | None = None
+        self._sinks: list[Sink] = []
+        self._resume: dict[str, Any] | None = None
+        self._global_step = 0
+        self.monitor: ShellMonitor | None = None
+
+    @property
+    def history(self) -> list[Snapshot]:
+        """All snapshots of the run, in order."""
+        return self.monitor.history if self.monitor is not None else []
+
+    @property
+    def state_key(self) -> str:
+        """Key of the state in checkpoints; two instances need different names."""
+        return f"ShellDynamicsCallback[{self.name}]" if self.name else "ShellDynamicsCallback"
+
+    def summary(self) -> str:
+        """The run as a readable table."""
+        return self.monitor.summary() if self.monitor is not None else "grsd: nothing has been measured"
+
+    # -- hooks, one after the other ----------------------------------------------------------------------
+
+    def setup(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
+        """Check what can be checked before any data is seen."""
+        if stage != "fit":
+            return
+        self.monitor = None
+        folder = trainer.log_dir  # a collective in distributed runs: reached by all ranks
+        if not trainer.is_global_zero:
+            return
+        self._resolved = resolve_loss(auto_loss(pl_module) if self._loss == "auto" else self._loss, self._nu)
+        self._sinks = [LoggerSink(logger) for logger in trainer.loggers]
+        self._sinks += json_lines_sink(self._json_lines, folder, trainer)
+        if any(isinstance(p, UninitializedParameter) for p in pl_module.parameters()):
+            return
+        select_parameters(pl_module, self._settings["params"])
+        if not isinstance(self._probe, str):
+            self._probe = probe_from(self._probe, self._num_probe, self._unpack)
+            first = self._probe.take(slice(0, 1))
+            check_pair(self._resolved, self._outputs(pl_module, first), first.targets)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
+        """Measure, if due, before the step."""
+        if not trainer.is_global_zero:
+            return
+        if self.monitor is None:
+            self.monitor = self._make_monitor(trainer, pl_module, batch)
+        self._global_step = trainer.global_step
+        self.monitor.set_step_size(step_size(_raw(trainer.optimizers)))
+        self.monitor.observe(step_axis(trainer))
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: nn.Module, optimizer: Any) -> None:
+        """Advance flow time by the learning rate in force."""
+        if self.monitor is None or not trainer.is_global_zero:
+            return
+        several = _raw(trainer.optimizers)
+        share = _num_parameters([optimizer]) / max(_num_parameters(several), 1) if len(several) > 1 else 1.0
+        self.monitor.advance(step_size(optimizer), share=share)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Complete the latest measurement by the step that followed it."""
+        if self.monitor is not None and trainer.is_global_zero and trainer.global_step > self._global_step:
+            self.monitor.finish_update(step_axis(trainer) + 1)
+
+    def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Last measurement, summary, flush."""
+        if self.monitor is not None and trainer.is_global_zero:
+            self.monitor.finish(step_axis(trainer))
+
+    def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
+        """Everything measured so far is on disk already; close the files."""
+        self._close()
+
+    def teardown(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
+        """Close the files this callback has opened."""
+        if stage == "fit":
+            self._close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Probe, shells, frozen basis, history and schedule, as tensors and plain types."""
+        if self.monitor is not None:
+            return self.monitor.state_dict()
+        return self._resume or {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue a run from its checkpoint."""
+        self._resume = state_dict or None
+
+    # -- set-up at the first batch -----------------------------------------------------------------------
+
+    def _make_monitor(self, trainer: Any, pl_module: nn.Module, batch: Any) -> ShellMonitor:
+        assert self._resolved is not None
+        device = _device(pl_module)
+        if self._resume is not None:
+            probe = Probe(self._resume["probe"]["inputs"], self._resume["probe"]["targets"])
+        elif isinstance(self._probe, str):
+            probe = self._auto_probe(trainer, pl_module, batch)
+        else:
+            probe = self._probe
+        monitor = ShellMonitor(
+            pl_module,
+            self._resolved,
+            probe.to(device),
+            total_steps=_total_steps(trainer),
+            pair=self._pair,
+            work=self._work,
+            writer=self._sinks,
+            on_error=self._on_error,
+            nu=self._nu,
+            prefix=f"grsd_{self.name}_" if self.name else "grsd_",
+            **self._schedule,
+            **self._settings,
+        )
+        if self._resume is not None:
+            monitor.load_state_dict(self._resume)
+            self._resume = None
+        return monitor
+
+    def _auto_probe(self, trainer: Any, pl_module: nn.Module, batch: Any) -> Probe:
+        """Clones of the first batch's samples, and more of the data set's where these are too few."""
+        first = Probe(*self._unpack(batch)).check()
+        width = self._outputs(pl_module, first.take(slice(0, 1)))[0].numel()
+        size = PROBE_SIZE.get(_device(pl_module).type, PROBE_SIZE["cpu"])
+        wanted = self._num_probe or max(8, size // width)
+        if first.num_samples < wanted:
+            first = self._extended(trainer, first, wanted)
+        if first.num_samples < wanted and self._num_probe is not None:
+            warnings.warn(
+                f"grsd: num_probe={wanted} but only {first.num_samples} samples can be had from the training data; "
+                "the probe has these. Give probe=(inputs, targets) for more.",
+                MeasurementWarning,
+                stacklevel=2,
+            )
+        return probe_from(first, wanted)
+
+    def _extended(self, trainer: Any, first: Probe, wanted: int) -> Probe:
+        """The first batch's samples and data set items spread evenly, fetched without moving any generator."""
+        loader = trainer.train_dataloader
+        dataset, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
+        if dataset is None or collate is None or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+            return first
+        missing = min(wanted - first.num_samples, len(dataset))
+        with ExitStack() as stack:
+            stack.enter_context(preserve_rng())
+            stack.enter_context(preserve_object_rng(dataset))
+            indices = torch.linspace(0, len(dataset) - 1, missing).round().long().unique().tolist()
+            more = Probe(*self._unpack(collate([dataset[i] for i in indices])))
+        return concatenate([first, _like(more, first)])
+
+    def _outputs(self, pl_module: nn.Module, probe: Probe) -> Tensor:
+        function = ModelFunction(
+            pl_module, params=self._settings["params"], outputs=self._settings["outputs"], dtype=self._settings["dtype"]
+        )
+        with torch.no_grad():
+            return function.run(lambda: function.outputs(probe.inputs))
+
+    def _close(self) -> None:
+        if self.monitor is not None:
+            self.monitor.close()
+
+
+# -- what is asked of Lightning, in one place ------------------------------------------------------------
+
+
+def step_axis(trainer: Any) -> int:
+    """The step at which Lightning draws the user's own curves of the coming batch (private counter)."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def auto_loss(module: nn.Module) -> Any:
+    """The loss that a LightningModule holds as an attribute.
+
+    Raises:
+        ValueError: none or several are found; names the argument to give.
+    """
+    found: dict[str, Any] = {}
+    for name, value in [*vars(module).items(), *module.named_children()]:
+        if isinstance(value, (nn.MSELoss, nn.CrossEntropyLoss)):
+            found[name] = value
+        elif value in (F.mse_loss, F.cross_entropy) if callable(value) and not isinstance(value, nn.Module) else False:
+            found[name] = value
+    kinds = {resolve_loss(value).kind for value in found.values()}
+    if len(kinds) == 1:
+        return next(iter(found.values()))
+    what = "no nn.MSELoss or nn.CrossEntropyLoss attribute" if not found else f"several losses ({', '.join(found)})"
+    raise ValueError(
+        f"loss='auto' found {what} on {type(module).__name__}; give loss='mse', loss='cross_entropy' or "
+        "loss= a callable (outputs, targets) -> scalar"
+    )
+
+
+def json_lines_sink(where: str | None, folder: str | None, trainer: Any) -> list[Sink]:
+    """The sink of JSON lines in the run's log folder, if there is a local one."""
+    if where is None:
+        return []
+    if where != "auto":
+        return [JSONLinesSink(where)]
+    if not trainer.loggers or getattr(trainer, "fast_dev_run", False) or folder is None or "://" in str(folder):
+        return []
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return [JSONLinesSink(Path(folder) / JSON_LINES)]
+
+
+def _total_steps(trainer: Any) -> int | None:
+    """Optimizer steps of the whole run, or None where Lightning does not know."""
+    total = trainer.estimated_stepping_batches
+    return int(total) if 0 < total < float("inf") else None
+
+
+def _raw(optimizers: Any) -> list[Any]:
+    return list(optimizers) if isinstance(optimizers, (list, tuple)) else [optimizers]
+
+
+def _num_parameters(optimizers: list[Any]) -> int:
+    return sum(p.numel() for o in optimizers for group in o.param_groups for p in group["params"])
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _like(more: Probe, first: Probe) -> Probe:
+    """Samples in the device and floating dtype of the batch that Lightning has prepared."""
+    def same(leaf: Any, model: Any) -> Any:
+        if not (isinstance(leaf, Tensor) and isinstance(model, Tensor)):
+            return leaf
+        return leaf.to(model.device, model.dtype) if model.is_floating_point() else leaf.to(model.device)
+
+    return Probe(tree_map(same, more.inputs, first.inputs), tree_map(same, more.targets, first.targets))
+
+
+def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    names: Mapping[str, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
+    if isinstance(dtype, str):
+        if dtype not in names:
+            raise ValueError(f"dtype must be 'float32', 'float64' or None, got {dtype!r}")
+        return names[dtype]
+    return dtype

@@ -1,0 +1,145 @@
+"""Backward passes for the gradients of many outputs at the layers' outputs, within a memory bound."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grsd_callbacks.functional import ModelFunction
+from grsd_callbacks.gram.capture import Record, record
+from grsd_callbacks.gram.terms import Term
+from grsd_callbacks.layers import Call
+from grsd_callbacks.probe import take
+
+#: numbers at the layers' outputs, all samples, below which one backward pass over copies of the samples beats C passes
+OVERHEAD_BOUND = {"cpu": 2**16}
+_OVERHEAD_BOUND_ELSEWHERE = 2**22
+
+
+class Irregular(RuntimeError):
+    """The samples cannot be taken apart."""
+
+
+class Sweeper:
+    """Feeds terms with gradients: forward on some samples, one backward per output column.
+
+    Args:
+        function, inputs: the model and the batch, n samples.
+        whole: the recorded forward on all samples.
+        memory_limit: bytes of gradients held before the terms take what they keep.
+    """
+
+    def __init__(self, function: ModelFunction, inputs: Any, whole: Record, memory_limit: int) -> None:
+        self.function, self.inputs = function, inputs
+        self.n, self.width = whole.outputs.shape
+        self.device, self.itemsize = whole.outputs.device, whole.outputs.element_size()
+        self.keys = _keyed(whole.calls)
+        self.memory_limit = memory_limit
+
+    def run(self, terms: list[Term], whole: Record | None) -> None:
+        """One sweep: every term takes its gradients for every sample and output; `whole` saves a forward."""
+        calls = list({call: None for term in terms for call in term.calls})
+        leaves = list(dict.fromkeys(name for term in terms for name in term.leaves))
+        numel = sum(call.numel for call in calls) // self.n
+        if self._is_overhead_bound(numel, leaves):
+            everyone = slice(0, self.n)
+            given = [(everyone, slice(0, self.width), self._by_copies(calls), {})]
+        else:
+            given = self._by_columns(calls, leaves, numel, whole)
+        for samples, columns, at_calls, at_leaves in given:
+            for term in terms:
+                term.take(samples, columns, at_calls, at_leaves)
+
+    def _is_overhead_bound(self, numel: int, leaves: list[str]) -> bool:
+        bound = OVERHEAD_BOUND.get(self.function.device.type, _OVERHEAD_BOUND_ELSEWHERE)
+        fits = 4 * self.n * numel * self.width * self.itemsize <= self.memory_limit
+        return not leaves and self.width > 2 and self.n * numel <= bound and fits
+
+    def _by_copies(self, calls: list[Call]) -> dict[Call, Tensor]:
+        """All columns in one backward pass: every sample C times, each copy for one output."""
+        index = torch.arange(self.n, device=self.device).repeat_interleave(self.width)
+        copies = record(self.function, take(self.inputs, index, self.n), len(index))
+        targets = torch.eye(self.width, dtype=copies.outputs.dtype, device=self.device).repeat(self.n, 1)
+        g = _pull(copies, calls, self._match(copies), [], targets, retain=False)[0]
+        split = {call: call.split(x.unsqueeze(0), len(index)) for call, x in zip(calls, g)}
+        return {call: x.view(self.n, self.width, *x.shape[2:]) for call, x in split.items()}
+
+    def _by_columns(
+        self, calls: list[Call], leaves: list[str], numel: int, whole: Record | None
+    ) -> Iterator[tuple[slice, slice, dict[Call, Tensor], dict[str, Tensor]]]:
+        chunk, columns = self._chunks(numel, leaves)
+        for i in range(0, self.n, chunk):
+            samples = slice(i, min(i + chunk, self.n))
+            if whole is not None and chunk >= self.n:
+                graph = whole
+            else:
+                graph = record(self.function, take(self.inputs, samples, self.n), samples.stop - i)
+            match = self._match(graph)
+            for c in range(0, self.width, columns):
+                span = slice(c, min(c + columns, self.width))
+                yield samples, span, *self._gradients(graph, match, calls, leaves, span)
+
+    def keeps_whole(self, terms: list[Term]) -> bool:
+        """Whether a sweep over these terms runs on the graph of the whole batch."""
+        calls = list({call: None for term in terms for call in term.calls})
+        leaves = [name for term in terms for name in term.leaves]
+        numel = sum(call.numel for call in calls) // self.n
+        return self._chunks(numel, leaves)[0] >= self.n
+
+    def _chunks(self, numel: int, leaves: list[str]) -> tuple[int, int]:
+        """Samples per forward and columns held at a time; parameters' own gradients need samples alone."""
+        per_row = 2 * self.itemsize * (numel + sum(self.function.parameters[name].numel() for name in leaves))
+        rows = max(1, self.memory_limit // max(per_row, 1))
+        chunk = 1 if leaves else max(1, min(self.n, rows // self.width))
+        return chunk, max(1, min(self.width, rows // chunk))
+
+    def _gradients(
+        self, graph: Record, match: dict[Call, Call], calls: list[Call], leaves: list[str], columns: slice
+    ) -> tuple[dict[Call, Tensor], dict[str, Tensor]]:
+        n = len(graph.outputs)
+        parameters = [self.function.parameters[name] for name in leaves]
+        rows = []
+        for c in range(columns.start, columns.stop):
+            v = torch.zeros_like(graph.outputs)
+            v[:, c] = 1
+            rows.append(_pull(graph, calls, match, parameters, v, retain=True))
+        at_calls = {call: call.split(torch.stack([r[0][k] for r in rows]), n) for k, call in enumerate(calls)}
+        at_leaves = {name: torch.stack([r[1][k] for r in rows]).unsqueeze(0) for k, name in enumerate(leaves)}
+        return at_calls, at_leaves
+
+    def _match(self, graph: Record) -> dict[Call, Call]:
+        """The calls of another forward that correspond to those of the whole batch."""
+        keys = _keyed(graph.calls)
+        if keys.keys() != self.keys.keys():
+            raise Irregular("the model calls other layers on part of the batch than on all of it")
+        return {call: keys[key] for key, call in self.keys.items()}
+
+
+def _keyed(calls: list[Call]) -> dict[tuple[int, int], Call]:
+    """Calls by (module, how many calls of it came before)."""
+    seen: dict[int, int] = {}
+    keyed = {}
+    for call in calls:
+        index = seen.get(id(call.module), 0)
+        seen[id(call.module)] = index + 1
+        keyed[id(call.module), index] = call
+    return keyed
+
+
+def _pull(
+    graph: Record, calls: list[Call], match: dict[Call, Call], parameters: list[Tensor], v: Tensor, *, retain: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """v pulled back to the layers' outputs and to parameters (flat); what is not reached is zero."""
+    here = [match[call] for call in calls]
+    pulled = torch.autograd.grad(
+        graph.outputs, [*(call.edge for call in here), *parameters], v, retain_graph=retain, allow_unused=True
+    )
+    at_calls = [v.new_zeros(call.shape) if g is None else g for g, call in zip(pulled, here)]
+    at_leaves = [
+        (torch.zeros_like(p) if g is None else g.to_dense() if g.layout != torch.strided else g).reshape(-1)
+        for g, p in zip(pulled[len(here) :], parameters)
+    ]
+    return at_calls, at_leaves

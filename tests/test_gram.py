@@ -1,0 +1,341 @@
+"""The exact kernel against a dense Jacobian made by other machinery (`torch.func.jacrev`), and its own guards."""
+
+import math
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call, jacrev
+from torch.utils.checkpoint import checkpoint
+
+from grsd_callbacks import layers
+from grsd_callbacks.functional import ModelFunction
+from grsd_callbacks.gram import exact_gram, gram_operations, sweep
+from grsd_callbacks.gram.contraction import Accumulator
+
+n = 4
+
+
+class Wrapped(nn.Module):
+    """A module whose forward is the given function of (module, input); submodules and parameters by keyword."""
+
+    def __init__(self, forward, **parts):
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.body = forward
+
+    def forward(self, x):
+        return self.body(self, x)
+
+
+class Attention(nn.Module):
+    def __init__(self, d):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
+
+    def forward(self, x):
+        b, t, d = x.shape
+        q, k, v = self.qkv(x).view(b, t, 3, 2, d // 2).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, t, d))
+
+
+class Block(nn.Module):
+    def __init__(self, d):
+        super().__init__()
+        self.norm1, self.attention, self.norm2 = nn.LayerNorm(d), Attention(d), nn.LayerNorm(d)
+        self.mlp = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(), nn.Linear(2 * d, d))
+
+    def forward(self, x):
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class GPT(nn.Module):
+    """Tied embedding and head; learned positions looked up without a sample dimension."""
+
+    def __init__(self, vocabulary=11, d=8, depth=2, T=5, last=False, tied=True):
+        super().__init__()
+        self.token, self.position = nn.Embedding(vocabulary, d), nn.Embedding(T, d)
+        self.blocks = nn.Sequential(*[Block(d) for _ in range(depth)])
+        self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, vocabulary, bias=False)
+        if tied:
+            self.head.weight = self.token.weight
+        self.last = last
+
+    def forward(self, tokens):
+        x = self.token(tokens) + self.position(torch.arange(tokens.shape[1]))
+        x = self.norm(self.blocks(x))
+        return self.head(x[:, -1] if self.last else x)
+
+
+def oracle(model, x):
+    """J J^T in float64 from a Jacobian over the tensors that require a gradient."""
+    model.eval()
+    model.plain = True  # torch.func refuses checkpoints
+    theta = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    J = jacrev(lambda theta: functional_call(model, theta, (x,)).flatten(), chunk_size=1)(theta)
+    rows = len(next(iter(J.values())))
+    J = torch.cat([block.reshape(rows, -1) for block in J.values()], dim=1)
+    return J @ J.T
+
+
+def relative(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def randn(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def tokens(*shape, high=11):
+    return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(1))
+
+
+def mlp(**options):
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(**options), nn.Linear(8, 7), nn.ReLU(**options), nn.Linear(7, 3))
+
+
+def convnet(layer, activation=None, head=3):
+    return nn.Sequential(layer, activation or nn.Tanh(), nn.Flatten(), nn.LazyLinear(head))
+
+
+def batch_norm():
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten(), nn.LazyLinear(2))
+    net[1].running_mean.normal_(generator=torch.Generator().manual_seed(2))
+    net[1].running_var.uniform_(0.5, 2, generator=torch.Generator().manual_seed(3))
+    return net
+
+
+def frozen():
+    net = mlp()
+    net[0].bias.requires_grad_(False)
+    net[2].weight.requires_grad_(False)
+    return net
+
+
+def hooked():
+    net = mlp()
+    net[0].register_forward_hook(lambda module, args, output: 2 * output + args[0].sum(1, keepdim=True))
+    net[2].register_forward_hook(lambda module, args, output: output.mul_(3), prepend=True)
+    net[4].register_forward_pre_hook(lambda module, args: (args[0] ** 2,))
+    return net
+
+
+def checkpointed():
+    return Wrapped(
+        lambda self, x: self.b(
+            self.a(x) if getattr(self, "plain", False) else checkpoint(self.a, x, use_reentrant=False)
+        ),
+        a=nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8)),
+        b=nn.Linear(8, 3),
+    )
+
+
+def parametrized():
+    net = mlp()
+    nn.utils.parametrizations.weight_norm(net[2])
+    return net
+
+
+MODELS = {
+    "mlp": (mlp, randn(n, 6)),
+    "mlp inplace": (lambda: mlp(inplace=True), randn(n, 6)),
+    "scalar output": (lambda: nn.Sequential(mlp(), nn.Linear(3, 1), nn.Flatten(0)), randn(n, 6)),
+    "one sample": (mlp, randn(1, 6)),
+    "no bias": (lambda: nn.Linear(6, 3, bias=False), randn(n, 6)),
+    "frozen": (frozen, randn(n, 6)),
+    "unused": (lambda: Wrapped(lambda s, x: s.a(x), a=mlp(), b=nn.Linear(2, 2)), randn(n, 6)),
+    "dead": (lambda: Wrapped(lambda s, x: s.a(x) + 0 * s.b(x), a=mlp(), b=nn.Linear(6, 1)), randn(n, 6)),
+    "hooks": (hooked, randn(n, 6)),
+    "parametrized": (parametrized, randn(n, 6)),
+    "checkpoint": (checkpointed, randn(n, 6)),
+    "twice": (
+        lambda: Wrapped(lambda s, x: s.b(s.a(torch.tanh(s.a(x)))), a=nn.Linear(6, 6), b=nn.Linear(6, 2)),
+        randn(n, 6),
+    ),
+    "used by hand too": (
+        lambda: Wrapped(lambda s, x: s.a(x) + x @ s.a.weight.T, a=nn.Linear(6, 6)),
+        randn(n, 6),
+    ),
+    "scale": (
+        lambda: Wrapped(lambda s, x: s.a(x) * s.scale + s.shift, a=nn.Linear(6, 3), scale=nn.Parameter(randn(3)),
+                        shift=nn.Parameter(randn(3))),
+        randn(n, 6),
+    ),
+    "sequence": (
+        lambda: Wrapped(lambda s, x: s.b(torch.tanh(s.a(x)).mean(1)), a=nn.Linear(6, 5), b=nn.Linear(5, 2)),
+        randn(n, 7, 6),
+    ),
+    "sequence of n": (
+        lambda: Wrapped(lambda s, x: s.b(torch.tanh(s.a(x)).cumsum(1)[:, -1]), a=nn.Linear(6, 5), b=nn.Linear(5, 2)),
+        randn(n, n, 6),
+    ),
+    "batch second": (
+        lambda: Wrapped(
+            lambda s, x: s.b(s.c(torch.tanh(s.a(x.transpose(0, 1)))).cumsum(0).transpose(0, 1)),
+            a=nn.Linear(6, 5), b=nn.Linear(5, 2), c=nn.LayerNorm(5),
+        ),
+        randn(n, 7, 6),
+    ),
+    "batch second, n long": (
+        lambda: Wrapped(
+            lambda s, x: s.b(torch.tanh(s.a(x.transpose(0, 1))).cumsum(0)[-1]), a=nn.Linear(6, 5), b=nn.Linear(5, 2)
+        ),
+        randn(n, n, 6),
+    ),
+    "flattened": (
+        lambda: Wrapped(
+            lambda s, x: s.b(torch.tanh(s.a(x.flatten(0, 1))).view(len(x), -1, 5).cumsum(1)),
+            a=nn.Linear(6, 5), b=nn.Linear(5, 2),
+        ),
+        randn(n, 7, 6),
+    ),
+    "flattened by time": (
+        lambda: Wrapped(
+            lambda s, x: s.b(torch.tanh(s.a(x.transpose(0, 1).flatten(0, 1))).view(7, len(x), 5).cumsum(0)[-1]),
+            a=nn.Linear(6, 5), b=nn.Linear(5, 2),
+        ),
+        randn(n, 7, 6),
+    ),
+    "shared table": (
+        lambda: Wrapped(lambda s, x: s.b(x * s.a(torch.ones(n, 3).to(x))), a=nn.Linear(3, 6), b=nn.Linear(6, 2)),
+        randn(n, n, 6),
+    ),
+    "frames": (
+        lambda: Wrapped(
+            lambda s, x: s.b(s.norm(s.a(x.flatten(0, 1))).flatten(1)).view(len(x), -1, 2).cumsum(1)[:, -1],
+            a=nn.Conv1d(2, 3, 3), norm=nn.GroupNorm(1, 3), b=nn.Linear(12, 2),
+        ),
+        randn(n, 3, 2, 6),
+    ),
+    "conv1d": (lambda: convnet(nn.Conv1d(3, 4, 3, stride=2, padding=1)), randn(n, 3, 9)),
+    "conv2d": (lambda: convnet(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(inplace=True)), randn(n, 3, 5, 6)),
+    "conv2d wide": (lambda: convnet(nn.Conv2d(12, 6, 3)), randn(n, 12, 4, 4)),
+    "conv2d one by one": (lambda: convnet(nn.Conv2d(3, 4, 1, stride=2)), randn(n, 3, 5, 5)),
+    "conv2d dilated": (lambda: convnet(nn.Conv2d(2, 4, (3, 2), stride=(1, 2), dilation=(2, 1))), randn(n, 2, 7, 6)),
+    "conv2d groups": (lambda: convnet(nn.Conv2d(4, 6, 3, groups=2, padding=(1, 0))), randn(n, 4, 5, 5)),
+    "conv2d depthwise": (lambda: convnet(nn.Conv2d(3, 6, 3, groups=3, bias=False)), randn(n, 3, 5, 5)),
+    "conv2d same": (lambda: convnet(nn.Conv2d(2, 3, (4, 3), padding="same", dilation=(1, 2))), randn(n, 2, 6, 7)),
+    "conv2d valid": (lambda: convnet(nn.Conv2d(2, 3, 3, padding="valid")), randn(n, 2, 5, 5)),
+    "conv2d reflect": (lambda: convnet(nn.Conv2d(2, 3, 3, padding=(2, 1), padding_mode="reflect")), randn(n, 2, 5, 5)),
+    "conv2d circular": (lambda: convnet(nn.Conv2d(2, 3, 3, padding="same", padding_mode="circular")), randn(n, 2, 4, 5)),
+    "conv3d": (lambda: convnet(nn.Conv3d(2, 3, (2, 3, 2), stride=(1, 1, 2), padding=1)), randn(n, 2, 3, 4, 3)),
+    "transposed 1d": (lambda: convnet(nn.ConvTranspose1d(3, 4, 3, stride=2, output_padding=1)), randn(n, 3, 5)),
+    "transposed 2d": (
+        lambda: convnet(nn.ConvTranspose2d(4, 6, 3, stride=(2, 1), padding=1, dilation=(1, 2), groups=2)),
+        randn(n, 4, 3, 4),
+    ),
+    "transposed 3d": (lambda: convnet(nn.ConvTranspose3d(2, 3, 2, stride=2)), randn(n, 2, 2, 2, 3)),
+    "batch norm": (batch_norm, randn(n, 2, 5, 5)),
+    "batch norm 1d": (lambda: nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), randn(n, 6)),
+    "group norm": (lambda: nn.Sequential(nn.Conv2d(2, 4, 3), convnet(nn.GroupNorm(2, 4))), randn(n, 2, 5, 5)),
+    "instance norm": (
+        lambda: nn.Sequential(nn.Conv1d(2, 4, 3), convnet(nn.InstanceNorm1d(4, affine=True))),
+        randn(n, 2, 7),
+    ),
+    "layer norm": (lambda: nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 2)), randn(n, 3, 6)),
+    "layer norm 2d": (lambda: nn.Sequential(nn.LayerNorm((3, 6)), nn.Flatten(), nn.Linear(18, 2)), randn(n, 3, 6)),
+    "rms norm": (lambda: nn.Sequential(nn.Linear(6, 5), nn.RMSNorm(5), nn.Linear(5, 2)), randn(n, 3, 6)),
+    "embedding": (
+        lambda: Wrapped(lambda s, t: s.b(torch.tanh(s.a(t)).cumsum(1)[:, -1]),
+                        a=nn.Embedding(11, 4, padding_idx=2), b=nn.Linear(4, 3)),
+        tokens(n, 6),
+    ),
+    "embedding sparse": (
+        lambda: nn.Sequential(nn.Embedding(50, 4, sparse=True), nn.Flatten(), nn.Linear(8, 3)),
+        tokens(n, 2, high=50),
+    ),
+    "embedding scaled by frequency": (
+        lambda: nn.Sequential(nn.Embedding(5, 4, scale_grad_by_freq=True), nn.Flatten(), nn.Linear(8, 3)),
+        torch.tensor([[0, 1], [2, 3], [4, 1], [1, 3]]),
+    ),
+    "gpt": (GPT, tokens(n, 5)),
+    "gpt last token": (lambda: GPT(last=True, tied=False), tokens(n, 5)),
+    "transformer encoder": (
+        lambda: nn.Sequential(nn.TransformerEncoderLayer(6, 2, 8, batch_first=True), nn.Flatten(), nn.Linear(18, 2)),
+        randn(n, 3, 6),
+    ),
+    "multihead attention": (
+        lambda: Wrapped(lambda s, x: s.a(x, x, x)[0].sum(1), a=nn.MultiheadAttention(6, 2, batch_first=True)),
+        randn(n, 3, 6),
+    ),
+    "lstm": (
+        lambda: Wrapped(lambda s, x: s.b(s.a(x)[0][:, -1]), a=nn.LSTM(6, 4, batch_first=True), b=nn.Linear(4, 2)),
+        randn(n, 3, 6),
+    ),
+}  # fmt: skip
+
+#: what some parameters must have taken, so that a rule that never holds is noticed
+PATHS = {
+    "mlp": {"0.weight": "linear", "0.bias": "linear"},
+    "mlp inplace": {"2.weight": "linear"},
+    "frozen": {"0.weight": "linear", "2.bias": "bias"},
+    "unused": {"b.weight": "unused"},
+    "hooks": {"0.weight": "linear", "2.weight": "linear"},
+    "parametrized": {"2.bias": "bias", "2.parametrizations.weight.original0": "rows"},
+    "twice": {"a.weight": "shared:rows", "b.weight": "linear"},
+    "used by hand too": {"a.weight": "rows", "a.bias": "bias"},
+    "sequence": {"a.weight": "linear:rows"},
+    "batch second": {"a.weight": "linear:rows", "c.weight": "norm"},
+    "flattened": {"a.weight": "linear:rows"},
+    "flattened by time": {"a.weight": "linear:rows"},
+    "shared table": {"b.weight": "linear:rows"},
+    "frames": {"a.weight": "conv:rows", "norm.weight": "norm"},
+    "conv2d wide": {"0.weight": "conv:positions"},
+    "conv3d": {"0.weight": "conv:rows"},
+    "transposed 2d": {"0.weight": "conv_transpose:rows"},
+    "batch norm": {"1.weight": "norm", "1.bias": "bias"},
+    "instance norm": {"1.0.weight": "norm"},
+    "rms norm": {"1.weight": "norm"},
+    "embedding sparse": {"0.weight": "embedding:rows"},
+    "embedding scaled by frequency": {"0.weight": "rows"},
+    "gpt": {"token.weight": "shared:rows", "norm.weight": "norm"},
+    "gpt last token": {"head.weight": "linear"},
+    "checkpoint": {"a.0.weight": "linear"},
+}
+
+
+def built(name):
+    make, x = MODELS[name]
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # lazy modules
+        model = make()
+        with torch.no_grad():
+            model.float().eval()(x.float() if x.is_floating_point() else x)
+    return model.double().eval(), x
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_the_dense_jacobian(name):
+    model, x = built(name)
+    found = exact_gram(ModelFunction(model), x)
+    assert relative(found.matrix, oracle(model, x)) < 1e-10
+    assert torch.equal(found.matrix, found.matrix.T)
+    assert found.check_gap < 1e-9
+    assert PATHS.get(name, {}).items() <= found.paths.items()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_does_not_depend_on_memory_copies_or_blocks(name, monkeypatch):
+    model, x = built(name)
+    function = ModelFunction(model)
+    expected = exact_gram(function, x).matrix
+    monkeypatch.setattr(sweep, "OVERHEAD_BOUND", {"cpu": 0})
+    assert relative(exact_gram(function, x).matrix, expected) < 1e-13
+    for limit, blocks in ((3000, "parameter"), (40_000, "module")):
+        found = exact_gram(function, x, memory_limit=limit, blocks=blocks)
+        assert relative(found.matrix, expected) < 1e-12
+        assert relative(sum(found.blocks.values()), expected) < 1e-12
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "embedding scaled by frequency"])
+def test_float32(name):
+    model, x = built(name)
+    expected = oracle(model, x)
+    found = exact_gram(ModelFunction(model, dtype=torch.float32), x).matrix
+    assert found.dtype == torch.float64
+    assert relative(found, expected) < 1e-5
