@@ -60,6 +60,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         per_decade: measurements a decade of steps before thinning.
         pair: measure before and after the step at each due point.
         work: measure the work of the optimizer step after each measurement.
+        transfer: also the instantaneous flux and the shell-to-shell transfer matrix along that step (dearer).
         params: name patterns of the parameters to measure; None: all trainable ones.
         outputs: function from the model's raw output to the tensor (n, ...) that the loss takes.
         unpack: function from a batch to (inputs, targets), where they cannot be told apart.
@@ -95,6 +96,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         per_decade: int = 10,
         pair: bool = False,
         work: bool = True,
+        transfer: bool = False,
         params: str | list[str] | None = None,
         outputs: Callable[[Any], Tensor] | None = None,
         unpack: Callable[[Any], tuple[Any, Any]] | None = None,
@@ -129,7 +131,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         self._loss, self._nu = loss, nu
         self._probe, self._num_probe, self._unpack = probe, num_probe, unpack or unpack_batch
         self._schedule = {"every_n_steps": every_n_steps, "max_overhead": max_overhead, "per_decade": per_decade}
-        self._pair, self._work = pair, work
+        self._pair, self._work, self._transfer = pair, work, transfer
         self._json_lines, self._on_error, self.name = json_lines, on_error, name
         self._resolved: Loss | None = None
         self._sinks: list[Sink] = []
@@ -237,6 +239,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
             total_steps=_total_steps(trainer),
             pair=self._pair,
             work=self._work,
+            transfer=self._transfer,
             writer=self._sinks,
             on_error=self._on_error,
             nu=self._nu,

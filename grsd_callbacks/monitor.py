@@ -11,28 +11,25 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from grsd_callbacks import tags
-from grsd_callbacks.comparison import frozen_kernel_share, kernel_comparison
 from grsd_callbacks.emission import Emission
-from grsd_callbacks.flux import KernelState, ShellFlux, four_corner_flux, no_flux
+from grsd_callbacks.exponents import PowerLawFit
 from grsd_callbacks.kernel import NTKOperator
 from grsd_callbacks.losses import Loss, calibrate, check_pair, resolve_loss
-from grsd_callbacks.measure import Instant, Settings, measure_with_operator
+from grsd_callbacks.measure import Settings, measure_with_operator
 from grsd_callbacks.optimizer import NO_STEP_SIZE, StepSize, step_size
 from grsd_callbacks.probe import Probe, probe_from
 from grsd_callbacks.report import start_report, summary_table
+from grsd_callbacks.run import Pending, Run
 from grsd_callbacks.schedule import FixedSchedule, LogSchedule
-from grsd_callbacks.shells import ShellGrid
 from grsd_callbacks.sinks import SinkGroup
 from grsd_callbacks.snapshot import Snapshot
-from grsd_callbacks.trajectory import Trajectory, exponent_closures, exponents_at
 
 #: a fixed schedule that costs more than this share of training is warned about, once
 COSTLY = 0.2
@@ -40,17 +37,6 @@ COSTLY = 0.2
 
 class MeasurementWarning(UserWarning):
     """A measurement failed or costs much; training is not affected."""
-
-
-@dataclass(eq=False)
-class _Pending:
-    """A measurement whose following optimizer step has not been seen yet."""
-
-    step: int
-    op: NTKOperator
-    state: KernelState
-    nu: float
-    size: StepSize
 
 
 class ShellMonitor:
@@ -67,6 +53,8 @@ class ShellMonitor:
         per_decade: measurements a decade of steps of the default schedule before thinning.
         pair: measure before *and* after the step at each due point (flux over a single step).
         work: also measure the work of the optimizer step that follows each measurement (one J w).
+        transfer: also measure the instantaneous flux and the shell-to-shell transfer matrix along that step (needs
+            `work`; exact path: four exact kernels in float64, krylov: about 1.5 products a Ritz vector).
         writer: where values go: a SummaryWriter, logger, path, sink, or a list of them; None keeps `history` only.
         on_error: "warn" (a failed measurement is one warning) or "raise".
         nu: scale of the kernel for general losses, see `resolve_loss`.
@@ -75,7 +63,7 @@ class ShellMonitor:
         **settings: see `Settings` (method, num_matvecs, shells_per_decade, params, outputs, dtype, ...).
 
     Attributes:
-        history: all snapshots, in order.
+        run: what the run remembers (`Run`).
         num_failed: measurements that could not be made.
 
     Raises:
@@ -110,6 +98,7 @@ class ShellMonitor:
         per_decade: int = 10,
         pair: bool = False,
         work: bool = True,
+        transfer: bool = False,
         writer: Any = None,
         on_error: str = "warn",
         nu: float | None = None,
@@ -129,21 +118,13 @@ class ShellMonitor:
         self.prefix = prefix
         self.on_error = on_error
         self.pair = pair
-        self.work = work
-        self.history: list[Snapshot] = []
+        self.work = work or transfer
+        self.transfer = transfer
+        self.run = Run()
         self.num_failed = 0
-        self.flow_time = 0.0
         self.measuring_seconds = 0.0
-        self._trajectory = Trajectory()
-        self._grid: ShellGrid | None = None
-        self._frozen: KernelState | None = None
-        self._previous: tuple[Snapshot, KernelState] | None = None
-        self._break = "first measurement"
-        self._size = NO_STEP_SIZE
-        self._nominal = ""
         self._last_step: int | None = None
-        self._steps_since = 0
-        self._pending: _Pending | None = None
+        self._pending: Pending | None = None
         self._forward = "auto"
         self._started: float | None = None
         self._elapsed_before = 0.0
@@ -167,11 +148,20 @@ class ShellMonitor:
         self.loss = calibrate(self.loss, outputs, self.probe.targets)
         self.report = start_report(op, self.loss, self.settings, self.schedule.describe())
 
+    @property
+    def history(self) -> list[Snapshot]:
+        """All snapshots, in order."""
+        return self.run.history
+
+    @property
+    def flow_time(self) -> float:
+        """t, the flow time so far."""
+        return self.run.flow_time
+
     def new_segment(self, reason: str) -> None:
         """Declare a break in the run (parameters replaced, another probe): no flux is computed across it."""
-        self._previous = None
         self._pending = None
-        self._break = reason
+        self.run.interrupt(reason)
 
     # -- the loop ----------------------------------------------------------------------------------------
 
@@ -200,23 +190,23 @@ class ShellMonitor:
             raise ValueError(f"step must be a non-negative integer, got {step!r}")
         size = _given_size(optimizer, lr)
         if self._last_step is not None and step > self._last_step:
-            self.advance(self._size, step - self._last_step)
+            self.advance(self.run.size, step - self._last_step)
         if flow_time is not None:
-            self.flow_time = float(flow_time)
-        self._size = size
+            self.run.flow_time = float(flow_time)
+        self.run.size = size
         return self.observe(step)
 
     def advance(self, size: StepSize, num_steps: int = 1, share: float = 1.0) -> None:
         """Tell of optimizer steps taken: `share` of the parameters moved by `num_steps` steps of a size."""
         if math.isfinite(size.flow):
-            self.flow_time += share * num_steps * size.flow
+            self.run.flow_time += share * num_steps * size.flow
         if size.nominal:
-            self._nominal = size.why
-        self._size = size
+            self.run.nominal = size.why
+        self.run.size = size
 
     def set_step_size(self, size: StepSize) -> None:
         """Tell the step size of the coming optimizer step."""
-        self._size = size
+        self.run.size = size
 
     def observe(self, step: int) -> Snapshot | None:
         """Measure if due at `step`, flow time being kept up to date by `advance`."""
@@ -225,7 +215,7 @@ class ShellMonitor:
             self._started = now
         elapsed = self._elapsed_before + now - self._started
         if self._last_step is not None and step > self._last_step:
-            self._steps_since += step - self._last_step
+            self.run.steps_since += step - self._last_step
             self.finish_update(step)
         self._last_step = step
         self.schedule.observe(step, self.measuring_seconds, elapsed)
@@ -240,7 +230,7 @@ class ShellMonitor:
             self._pending = pending
             return
         if step == pending.step + 1:
-            self._charged(lambda: self._attempt(step, lambda: self._add_work(pending)))
+            self._charged(lambda: self._attempt(step, lambda: self._add_update(pending)))
 
     def finish(self, step: int | None = None) -> Snapshot | None:
         """Last measurement (at `step`, if it has not been made there), summary, and flush. Call at the end."""
@@ -248,7 +238,7 @@ class ShellMonitor:
         snapshot = None
         if last is not None:
             if self._last_step is not None and last > self._last_step:
-                self._steps_since += last - self._last_step
+                self.run.steps_since += last - self._last_step
                 self.finish_update(last)
             self._last_step = last
             if not self.history or self.history[-1].step < last:
@@ -267,155 +257,33 @@ class ShellMonitor:
     def _due(self, step: int) -> bool:
         due = self.schedule.due(step)
         if self.pair and self.history and self.history[-1].step == step - 1:
-            partner = len(self.history) < 2 or self.history[-2].step != step - 2
-            due = due or partner
+            due = due or len(self.history) < 2 or self.history[-2].step != step - 2
         return due
 
     def _take(self, step: int) -> Snapshot:
         self._check_identity()
         instant, op = measure_with_operator(
-            self.model, self.probe, self.loss, self.settings, self._grid, forward=self._forward
+            self.model, self.probe, self.loss, self.settings, self.run.grid, forward=self._forward
         )
-        if self._grid is None:
-            self._grid, self._frozen = instant.budget.grid, instant.state
-        snapshot = self._assembled(step, instant)
+        instant.cost["overhead_percent"] = 100 * self.overhead
+        instant.health["failed"] = float(self.num_failed)
+        snapshot = self.run.add(step, instant, self.loss.energy_is_loss)
         if self.work:
             op.release()
-            self._pending = _Pending(step, op, instant.state, instant.nu, self._size)
-        self.history.append(snapshot)
-        self._previous = (snapshot, instant.state)
-        self._steps_since = 0
-        self._warn_if_costly(snapshot)
+            self._pending = Pending(step, op, instant.state, instant.nu, self.run.size)
+        self._warn_if_costly()
         self._write(snapshot)
         return snapshot
 
-    def _assembled(self, step: int, instant: Instant) -> Snapshot:
-        budget, grid = instant.budget, instant.budget.grid
-        assert self._frozen is not None
-        frozen_energy, _ = self._frozen.energies(instant.state.residual, grid)
-        self._trajectory.append(self.flow_time, instant.loss, grid.edges, frozen_energy)
-        fits = exponents_at(
-            self._trajectory, instant.eigenvalues if instant.weights is None else None, budget
-        )
-        flux = self._flux(instant)
-        nan = torch.full((grid.num_shells,), math.nan, dtype=torch.float64)
-        return Snapshot(
-            step=step,
-            flow_time=self.flow_time,
-            loss=instant.loss,
-            grad_norm_sq=instant.grad_norm_sq,
-            nu=instant.nu,
-            num_samples=instant.num_samples,
-            num_outputs=instant.num_outputs,
-            method=instant.method,
-            edges=grid.edges,
-            energy=budget.energy,
-            dissipation=budget.dissipation,
-            counts=budget.counts,
-            energy_bounds=budget.energy_bounds,
-            dissipation_bounds=budget.dissipation_bounds,
-            count_bounds=budget.count_bounds,
-            resolved=budget.resolved,
-            eigenvalues=instant.eigenvalues,
-            weights=instant.weights,
-            frozen_energy=frozen_energy,
-            transport=flux.transport,
-            flux=flux.flux,
-            work=nan,
-            effective_lr=nan.clone(),
-            summary=self._summary(instant, flux),
-            closures=self._closures(instant, flux, fits),
-            health=self._health(instant, flux),
-            exponents=fits,
-            cost=self._cost(instant),
-            reasons={"flux": flux.reason} if flux.reason else {},
-            paths=instant.paths,
-        )
-
-    def _flux(self, instant: Instant) -> ShellFlux:
-        grid = instant.budget.grid
-        if self._previous is None:
-            return no_flux(grid, self._break)
-        before, state = self._previous
-        return four_corner_flux(state, instant.state, grid, self.flow_time - before.flow_time)
-
-    def _summary(self, instant: Instant, flux: ShellFlux) -> dict[str, float]:
-        summary = {**instant.summary, "lr": self._size.lr, "dt": flux.dt}
-        total = float(flux.dissipation.sum().abs())
-        summary["transport_ratio"] = float(flux.flux.abs().sum()) / total if total > 0 else math.nan
-        if self._previous is not None and flux.dt > 0 and self._steps_since:
-            state = self._previous[1]
-            summary["frozen_kernel_share"] = frozen_kernel_share(
-                state, instant.state.residual, flux.dt / self._steps_since, self._steps_since
-            )
-        if self._frozen is not None:
-            summary.update(kernel_comparison(instant.state, self._frozen))
-        return summary
-
-    def _closures(self, instant: Instant, flux: ShellFlux, fits: dict[str, Any]) -> dict[str, float]:
-        budget = instant.budget
-        closures = {"dissipation": _relative(float(budget.dissipation.sum()), instant.grad_norm_sq)}
-        if self.loss.energy_is_loss:
-            closures["energy"] = _relative(float(budget.energy.sum()), instant.loss)
-        if not flux.reason:
-            moved = float(flux.transport.abs().sum())
-            closures["transport"] = abs(float(flux.transport.sum())) / moved if moved > 0 else 0.0
-            assert self._previous is not None
-            before = self._previous[0]
-            mean = (float(before.dissipation.sum()) + float(budget.dissipation.sum())) / 2
-            closures["budget"] = (before.loss - instant.loss) / flux.dt / mean if mean > 0 else math.nan
-        source = self.history[0].exponents["q"] if self.history else fits["q"]
-        return {**closures, **exponent_closures(source, fits["chi"], fits["rho"])}
-
-    def _health(self, instant: Instant, flux: ShellFlux) -> dict[str, float]:
-        budget = instant.budget
-        product = self._size.lr * instant.summary["lambda_max"]
-        total = float(budget.energy.sum())
-        return {
-            **instant.health,
-            "lr_lambda_max": product,
-            "unstable": float(product > 2) if math.isfinite(product) else math.nan,
-            "nominal_flow_time": float(bool(self._nominal or self._size.nominal)),
-            "unresolved_energy": float(budget.energy[~budget.resolved].sum()) / total if total > 0 else 0.0,
-            "coverage": flux.coverage,
-            "failed": float(self.num_failed),
-        }
-
-    def _cost(self, instant: Instant) -> dict[str, float]:
-        return {**instant.cost, "overhead_percent": 100 * self.overhead}
-
-    # -- the optimizer step after a measurement ----------------------------------------------------------
-
-    def _add_work(self, pending: _Pending) -> None:
-        snapshot = self.history[-1]
-        if snapshot.step != pending.step:
-            return
-        parameters = dict(self.model.named_parameters())
-        change = pending.op.flatten(
-            [
-                parameters[name].detach().to(copy) - copy.detach()
-                for name, copy in pending.op.function.parameters.items()
-            ]
-        )
+    def _add_update(self, pending: Pending) -> None:
+        """Work (and transfer) of the optimizer step that followed a measurement."""
         self._forward = pending.op.choose_forward(timed=False)
-        s = math.sqrt(pending.nu) * pending.op.jvp(change)
-        work, dissipation = _work(pending.state, s, snapshot.grid)
-        lr, flow = self._size.lr, self._size.flow
-        total_work, total = float(work.sum()), float(dissipation.sum())
-        effective = work / (lr * dissipation)
-        done = replace(
-            snapshot,
-            work=work,
-            effective_lr=torch.where(dissipation > 1e-12 * total, effective, math.nan),
-            summary={**snapshot.summary, "effective_lr": total_work / (lr * total) if total > 0 else math.nan},
-            closures={
-                **snapshot.closures,
-                "probe": total * flow / total_work if total_work != 0 else math.nan,
-            },
-        )
-        self.history[-1] = done
-        self._previous = (done, pending.state) if self._previous is not None else None
-        self._emit(Emission(step=done.step, scalars=tags.work_scalars(done), record=done.to_dict()))
+        parameters = dict(self.model.named_parameters())
+        copies = pending.op.function.parameters.items()
+        change = pending.op.flatten([parameters[name].detach().to(copy) - copy.detach() for name, copy in copies])
+        done = self.run.add_update(pending, change, self.run.size, transfer=self.transfer)
+        if done is not None:
+            self._emit(Emission(step=done.step, scalars=tags.update_scalars(done), record=done.to_dict()))
 
     # -- writing -----------------------------------------------------------------------------------------
 
@@ -434,16 +302,16 @@ class ShellMonitor:
         self._emit(Emission(step=last.step, texts={tags.SUMMARY: f"```\n{table}\n```"}))
         self.sinks.flush()
 
-    def final_exponents(self) -> dict[str, Any]:
+    def final_exponents(self) -> dict[str, PowerLawFit]:
         """Exponents over the whole run, with the verdict between power law and its competitors."""
-        if not self.history or self._grid is None:
+        if not self.history:
             return {}
         first, last = self.history[0], self.history[-1]
         return {
-            **dict(first.exponents),
+            **first.exponents,
             **({"a": last.exponents["a"]} if "a" in last.exponents else {}),
-            "chi": self._trajectory.chi(),
-            "rho": self._trajectory.rho(),
+            "chi": self.run.trajectory.chi(),
+            "rho": self.run.trajectory.rho(),
         }
 
     def summary(self) -> str:
@@ -499,7 +367,7 @@ class ShellMonitor:
             except MeasurementWarning:  # warnings are errors in this process; a measurement still kills no run
                 logging.getLogger("grsd_callbacks").warning(message)
 
-    def _warn_if_costly(self, snapshot: Snapshot) -> None:
+    def _warn_if_costly(self) -> None:
         if isinstance(self.schedule, FixedSchedule) and len(self.history) >= 4 and self.overhead > COSTLY:
             self._warn(
                 "costly",
@@ -520,43 +388,29 @@ class ShellMonitor:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, as tensors and plain types (loads with weights_only=True)."""
-        frozen = self._frozen
+        running = time.perf_counter() - self._started if self._started is not None else 0.0
         return {
             "probe": {"inputs": self.probe.inputs, "targets": self.probe.targets},
-            "edges": None if self._grid is None else self._grid.edges,
-            "frozen": None
-            if frozen is None
-            else {"eigenvalues": frozen.eigenvalues, "vectors": frozen.vectors, "residual": frozen.residual},
-            "history": [snapshot.to_json() for snapshot in self.history],
-            "trajectory": self._trajectory.state_dict(),
+            "run": self.run.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "flow_time": self.flow_time,
             "last_step": self._last_step,
             "num_failed": self.num_failed,
             "measuring_seconds": self.measuring_seconds,
-            "elapsed_seconds": self._elapsed_before
-            + (time.perf_counter() - self._started if self._started is not None else 0.0),
-            "nominal": self._nominal,
+            "elapsed_seconds": self._elapsed_before + running,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue a run: same probe, shells, frozen basis and history; the first flux after it is NaN."""
-        self.probe = Probe(state["probe"]["inputs"], state["probe"]["targets"])
-        self._grid = None if state["edges"] is None else ShellGrid(state["edges"])
         device = next(self.model.parameters()).device
-        frozen = state["frozen"]
-        self._frozen = None if frozen is None else KernelState(**{k: v.to(device) for k, v in frozen.items()})
-        self.history = [Snapshot.from_json(text) for text in state["history"]]
-        self._trajectory = Trajectory.from_state(state["trajectory"])
+        self.probe = Probe(state["probe"]["inputs"], state["probe"]["targets"]).to(device)
+        self.run = Run.from_state(state["run"], device)
         self.schedule.load_state_dict(state["schedule"])
-        self.flow_time = float(state["flow_time"])
         self._last_step = state["last_step"]
         self.num_failed = int(state["num_failed"])
         self.measuring_seconds = float(state["measuring_seconds"])
         self._elapsed_before = float(state["elapsed_seconds"])
         self._started = None
-        self._nominal = state["nominal"]
-        self.new_segment("first measurement after a resume")
+        self._pending = None
 
 
 def make_schedule(
@@ -581,17 +435,3 @@ def _given_size(optimizer: Any, lr: float | None) -> StepSize:
             raise ValueError(f"lr must be a finite number, got {lr!r}")
         return StepSize(float(lr), float(lr))
     return NO_STEP_SIZE
-
-
-def _work(state: KernelState, s: Tensor, grid: ShellGrid) -> tuple[Tensor, Tensor]:
-    """W_a = -sum g_i <u_i, s> and D_a = sum lambda_i g_i^2 per sharp shell; the rest of W in the underflow."""
-    vectors = state.vectors
-    g, moved = vectors.T @ state.residual.to(vectors), vectors.T @ s.to(vectors)
-    work = grid.collect(state.eigenvalues, -g * moved)
-    if not state.is_complete:
-        work[0] += -float(state.residual.to(vectors) @ s.to(vectors)) - float(work.sum())
-    return work, grid.collect(state.eigenvalues, state.eigenvalues * g**2)
-
-
-def _relative(value: float, reference: float) -> float:
-    return (value - reference) / reference if reference != 0 else value

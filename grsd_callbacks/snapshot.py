@@ -38,6 +38,8 @@ class Snapshot:
         transport, flux: per shell and per edge, over the interval since the previous measurement; NaN where there is
             none.
         work, effective_lr: per shell, of the optimizer step that follows the measurement; NaN until it is known.
+        transfer, rotation_flux, drift_flux: instantaneous, along the optimizer step that follows (see `ShellTransfer`);
+            None unless asked for.
         summary: scalars (see `tags`).   closures: identities, zero where they hold.   health: flags and checks.
         exponents: fitted exponents with 95 % intervals.   cost: seconds, kernel products, peak bytes.
         reasons: why a number is NaN, by name.   paths: how products and kernel were computed.
@@ -73,6 +75,9 @@ class Snapshot:
     cost: dict[str, float] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     paths: dict[str, str] = field(default_factory=dict)
+    transfer: Tensor | None = None
+    rotation_flux: Tensor | None = None
+    drift_flux: Tensor | None = None
 
     @property
     def grid(self) -> ShellGrid:

@@ -118,6 +118,24 @@ TAGS: dict[str, Tag] = {
     "grsd_closure/chi_minus_rho_q_upper": Tag(
         "1", "upper end of its 95 % interval", _from("closures", "chi_minus_rho_q_upper")
     ),
+    "grsd_transfer/rotation_share": Tag(
+        "1", "sum |rotation flux| / (sum |rotation flux| + sum |drift flux|), instantaneous", _from("summary", "rotation_share")
+    ),
+    "grsd_transfer/transport_ratio": Tag(
+        "1", "sum |J_b| / sum D_a, instantaneous, along the step taken", _from("summary", "instant_transport_ratio")
+    ),
+    "grsd_health/kink_gap": Tag(
+        "1",
+        "|difference quotient of the kernel over the actual update - M'| / |M'|: what flips of gates add to the "
+        "instantaneous flux, which is the smooth part only",
+        _from("health", "kink_gap"),
+    ),
+    "grsd_health/velocity_gap": Tag(
+        "1", "M' by double backward against central differences, once at the start", _from("health", "velocity_gap")
+    ),
+    "grsd_health/transfer_coverage": Tag(
+        "1", "share of |r|^2 that the basis behind the instantaneous flux holds", _from("health", "transfer_coverage")
+    ),
     "grsd_health/lr_lambda_max": Tag(
         "1", "lr x lambda_max: above 2 plain descent leaves gradient flow", _from("health", "lr_lambda_max")
     ),
@@ -144,6 +162,14 @@ TAGS: dict[str, Tag] = {
     "grsd_health/seconds": Tag("s", "wall-clock time of this measurement", _from("cost", "seconds")),
 }
 
+#: known only after the optimizer step that follows a measurement
+TRANSFER_TAGS = (
+    "grsd_transfer/rotation_share",
+    "grsd_transfer/transport_ratio",
+    "grsd_health/kink_gap",
+    "grsd_health/velocity_gap",
+    "grsd_health/transfer_coverage",
+)
 #: emitted when a measurement could not be made
 FAILED = "grsd_health/failed"
 #: curves that follow the optimizer step after a measurement
@@ -177,13 +203,14 @@ def scalars(snapshot: Snapshot) -> dict[str, float]:
     return {tag: value for tag, value in values.items() if math.isfinite(value)}
 
 
-def work_scalars(snapshot: Snapshot) -> dict[str, float]:
+def update_scalars(snapshot: Snapshot) -> dict[str, float]:
     """The scalars known only after the optimizer step that follows a measurement."""
     total = float(snapshot.work.nan_to_num(0.0).sum()) if not bool(snapshot.work.isnan().all()) else math.nan
     values = {
         f"{WORK}/total": total,
         f"{WORK}/effective_lr": snapshot.summary.get("effective_lr", math.nan),
         "grsd_closure/probe": snapshot.closures.get("probe", math.nan),
+        **{tag: TAGS[tag].value(snapshot) for tag in TRANSFER_TAGS},
     }
     return {tag: value for tag, value in values.items() if math.isfinite(value)}
 

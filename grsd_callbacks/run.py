@@ -1,0 +1,289 @@
+"""A run in numbers: how one measurement, set against what came before it, becomes a snapshot."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grsd_callbacks.comparison import frozen_kernel_share, kernel_comparison
+from grsd_callbacks.exponents import PowerLawFit
+from grsd_callbacks.flux import KernelState, ShellFlux, four_corner_flux, no_flux
+from grsd_callbacks.kernel import NTKOperator
+from grsd_callbacks.measure import Instant
+from grsd_callbacks.optimizer import NO_STEP_SIZE, StepSize
+from grsd_callbacks.shells import ShellGrid
+from grsd_callbacks.snapshot import Snapshot
+from grsd_callbacks.trajectory import Trajectory, exponent_closures, exponents_at
+from grsd_callbacks.transfer import ShellTransfer, kernel_velocity, kink_gap, shell_transfer
+
+#: vectors on which the two ways to the kernel's velocity are compared at the start of a run
+NUM_CROSS_CHECKS = 2
+
+
+@dataclass(eq=False)
+class Pending:
+    """A measurement whose following optimizer step has not been seen yet."""
+
+    step: int
+    op: NTKOperator
+    state: KernelState
+    nu: float
+    size: StepSize
+
+
+@dataclass(eq=False)
+class Run:
+    """Everything a run remembers between measurements.
+
+    Attributes:
+        history: snapshots in order.
+        trajectory: the series that exponents are fitted to.
+        grid, frozen: shells and basis of the first measurement.
+        flow_time: t so far.
+        size: step size of the coming optimizer step.
+        steps_since: optimizer steps since the last measurement.
+        nominal: why flow time is only nominal; empty if it is exact.
+    """
+
+    history: list[Snapshot] = field(default_factory=list)
+    trajectory: Trajectory = field(default_factory=Trajectory)
+    grid: ShellGrid | None = None
+    frozen: KernelState | None = None
+    flow_time: float = 0.0
+    size: StepSize = NO_STEP_SIZE
+    steps_since: int = 0
+    nominal: str = ""
+    _previous: tuple[Snapshot, KernelState] | None = None
+    _break: str = "first measurement"
+
+    def interrupt(self, reason: str) -> None:
+        """No flux is computed across this point."""
+        self._previous = None
+        self._break = reason
+
+    # -- one measurement ---------------------------------------------------------------------------------
+
+    def add(self, step: int, instant: Instant, energy_is_loss: bool) -> Snapshot:
+        """The snapshot of a measurement, appended to the history."""
+        budget, grid = instant.budget, instant.budget.grid
+        if self.grid is None or self.frozen is None:
+            self.grid, self.frozen = grid, instant.state
+        frozen_energy, _ = self.frozen.energies(instant.state.residual, grid)
+        self.trajectory.append(self.flow_time, instant.loss, grid.edges, frozen_energy)
+        fits = exponents_at(self.trajectory, instant.eigenvalues if instant.weights is None else None, budget)
+        flux = self._flux(instant)
+        nan = torch.full((grid.num_shells,), math.nan, dtype=torch.float64)
+        snapshot = Snapshot(
+            step=step,
+            flow_time=self.flow_time,
+            loss=instant.loss,
+            grad_norm_sq=instant.grad_norm_sq,
+            nu=instant.nu,
+            num_samples=instant.num_samples,
+            num_outputs=instant.num_outputs,
+            method=instant.method,
+            edges=grid.edges,
+            energy=budget.energy,
+            dissipation=budget.dissipation,
+            counts=budget.counts,
+            energy_bounds=budget.energy_bounds,
+            dissipation_bounds=budget.dissipation_bounds,
+            count_bounds=budget.count_bounds,
+            resolved=budget.resolved,
+            eigenvalues=instant.eigenvalues,
+            weights=instant.weights,
+            frozen_energy=frozen_energy,
+            transport=flux.transport,
+            flux=flux.flux,
+            work=nan,
+            effective_lr=nan.clone(),
+            summary=self._summary(instant, flux),
+            closures=self._closures(instant, flux, fits, energy_is_loss),
+            health=self._health(instant, flux),
+            exponents=fits,
+            cost=dict(instant.cost),
+            reasons={"flux": flux.reason} if flux.reason else {},
+            paths=instant.paths,
+        )
+        self.history.append(snapshot)
+        self._previous = (snapshot, instant.state)
+        self.steps_since = 0
+        return snapshot
+
+    def _flux(self, instant: Instant) -> ShellFlux:
+        if self._previous is None:
+            return no_flux(instant.budget.grid, self._break)
+        before, state = self._previous
+        return four_corner_flux(state, instant.state, instant.budget.grid, self.flow_time - before.flow_time)
+
+    def _summary(self, instant: Instant, flux: ShellFlux) -> dict[str, float]:
+        summary = {**instant.summary, "lr": self.size.lr, "dt": flux.dt}
+        total = float(flux.dissipation.sum().abs())
+        summary["transport_ratio"] = float(flux.flux.abs().sum()) / total if total > 0 else math.nan
+        if self._previous is not None and flux.dt > 0 and self.steps_since:
+            summary["frozen_kernel_share"] = frozen_kernel_share(
+                self._previous[1], instant.state.residual, flux.dt / self.steps_since, self.steps_since
+            )
+        if self.frozen is not None:
+            summary.update(kernel_comparison(instant.state, self.frozen))
+        return summary
+
+    def _closures(
+        self, instant: Instant, flux: ShellFlux, fits: dict[str, PowerLawFit], energy_is_loss: bool
+    ) -> dict[str, float]:
+        budget = instant.budget
+        closures = {"dissipation": _relative(float(budget.dissipation.sum()), instant.grad_norm_sq)}
+        if energy_is_loss:
+            closures["energy"] = _relative(float(budget.energy.sum()), instant.loss)
+        if not flux.reason and self._previous is not None:
+            moved = float(flux.transport.abs().sum())
+            closures["transport"] = abs(float(flux.transport.sum())) / moved if moved > 0 else 0.0
+            before = self._previous[0]
+            mean = (float(before.dissipation.sum()) + float(budget.dissipation.sum())) / 2
+            closures["budget"] = (before.loss - instant.loss) / flux.dt / mean if mean > 0 else math.nan
+        source = self.history[0].exponents["q"] if self.history else fits["q"]
+        return {**closures, **exponent_closures(source, fits["chi"], fits["rho"])}
+
+    def _health(self, instant: Instant, flux: ShellFlux) -> dict[str, float]:
+        budget = instant.budget
+        product = self.size.lr * instant.summary["lambda_max"]
+        total = float(budget.energy.sum())
+        return {
+            **instant.health,
+            "lr_lambda_max": product,
+            "unstable": float(product > 2) if math.isfinite(product) else math.nan,
+            "nominal_flow_time": float(bool(self.nominal or self.size.nominal)),
+            "unresolved_energy": float(budget.energy[~budget.resolved].sum()) / total if total > 0 else 0.0,
+            "coverage": flux.coverage,
+        }
+
+    # -- the optimizer step after a measurement ----------------------------------------------------------
+
+    def add_update(self, pending: Pending, change: Tensor, size: StepSize, *, transfer: bool) -> Snapshot | None:
+        """Complete the latest snapshot by the optimizer step that followed it.
+
+        Args:
+            pending: the measurement.
+            change: the parameters' actual change, shape (P,).
+            size: the step's size.
+            transfer: also measure the instantaneous flux along the change.
+        """
+        if not self.history or self.history[-1].step != pending.step:
+            return None
+        snapshot = self.history[-1]
+        s = math.sqrt(pending.nu) * pending.op.jvp(change)
+        work, dissipation = work_per_shell(pending.state, s, snapshot.grid)
+        total_work, total = float(work.sum()), float(dissipation.sum())
+        known = dissipation > 1e-12 * total
+        overall = total_work / (size.lr * total) if total > 0 else math.nan
+        done = replace(
+            snapshot,
+            work=work,
+            effective_lr=torch.where(known, work / (size.lr * dissipation), math.nan),
+            summary={**snapshot.summary, "effective_lr": overall},
+            closures={**snapshot.closures, "probe": total * size.flow / total_work if total_work != 0 else math.nan},
+        )
+        if transfer and math.isfinite(size.flow) and size.flow > 0:
+            done = self._with_transfer(done, pending, change, size.flow)
+        self.history[-1] = done
+        if self._previous is not None:
+            self._previous = (done, self._previous[1])
+        return done
+
+    def _with_transfer(self, snapshot: Snapshot, pending: Pending, change: Tensor, dt: float) -> Snapshot:
+        state, op = pending.state, pending.op
+        velocity = change / dt
+        health: dict[str, float] = {}
+        if state.is_complete:
+            dense = kernel_velocity(op, velocity)
+            health["kink_gap"] = kink_gap(op, change, dt * dense)
+            if "velocity_gap" not in self.history[0].health:
+                health["velocity_gap"] = _velocity_gap(op, velocity, dense)
+            moved = state.vectors.T @ dense.to(state.vectors) @ state.vectors
+        else:
+            moved = kernel_velocity(op, velocity, state.vectors)
+        g = state.vectors.T @ state.residual.to(state.vectors)
+        held = float(g @ g) / max(float(state.residual @ state.residual), 1e-300)
+        found = shell_transfer(
+            state.eigenvalues, g, pending.nu * moved, snapshot.grid, width=snapshot.grid.width / 2, coverage=held
+        )
+        return replace(
+            snapshot,
+            transfer=found.transfer,
+            rotation_flux=found.rotation_flux,
+            drift_flux=found.drift_flux,
+            summary={**snapshot.summary, **_transfer_summary(found)},
+            health={**snapshot.health, **health, "transfer_coverage": held},
+        )
+
+    # -- checkpoints -------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain types only."""
+        frozen = self.frozen
+        return {
+            "edges": None if self.grid is None else self.grid.edges,
+            "frozen": None
+            if frozen is None
+            else {"eigenvalues": frozen.eigenvalues, "vectors": frozen.vectors, "residual": frozen.residual},
+            "history": [snapshot.to_json() for snapshot in self.history],
+            "trajectory": self.trajectory.state_dict(),
+            "flow_time": self.flow_time,
+            "nominal": self.nominal,
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], device: torch.device) -> Run:
+        """The run as it was; the next flux is NaN, since what happened in between is not known."""
+        frozen = state["frozen"]
+        run = cls(
+            history=[Snapshot.from_json(text) for text in state["history"]],
+            trajectory=Trajectory.from_state(state["trajectory"]),
+            grid=None if state["edges"] is None else ShellGrid(state["edges"]),
+            frozen=None if frozen is None else KernelState(**{k: v.to(device) for k, v in frozen.items()}),
+            flow_time=float(state["flow_time"]),
+            nominal=str(state["nominal"]),
+        )
+        run.interrupt("first measurement after a resume")
+        return run
+
+
+def work_per_shell(state: KernelState, s: Tensor, grid: ShellGrid) -> tuple[Tensor, Tensor]:
+    """W_a = -sum g_i <u_i, s> and D_a = sum lambda_i g_i^2 per sharp shell, s = sqrt(nu) J dtheta.
+
+    Sums are exact: W sums to -<r, s>, minus the first-order change of the loss. Of an incomplete basis the rest of W
+    is put in the underflow shell.
+    """
+    vectors = state.vectors
+    g, moved = vectors.T @ state.residual.to(vectors), vectors.T @ s.to(vectors)
+    work = grid.collect(state.eigenvalues, -g * moved)
+    if not state.is_complete:
+        work[0] += -float(state.residual.to(vectors) @ s.to(vectors)) - float(work.sum())
+    return work, grid.collect(state.eigenvalues, state.eigenvalues * g**2)
+
+
+def _transfer_summary(found: ShellTransfer) -> dict[str, float]:
+    rotation, drift = float(found.rotation_flux.abs().sum()), float(found.drift_flux.abs().sum())
+    total, dissipated = rotation + drift, float(found.dissipation.sum())
+    return {
+        "rotation_share": rotation / total if total > 0 else math.nan,
+        "instant_transport_ratio": float(found.flux.abs().sum()) / dissipated if dissipated > 0 else math.nan,
+    }
+
+
+def _velocity_gap(op: NTKOperator, velocity: Tensor, dense: Tensor) -> float:
+    """Largest relative gap between v^T M' v by double backward and by central differences."""
+    generator = torch.Generator().manual_seed(0)
+    V = torch.randn(op.shape[0], NUM_CROSS_CHECKS, generator=generator, dtype=torch.float64).to(dense)
+    other = kernel_velocity(op, velocity, V, method="double_backward")
+    mine = V.T @ dense @ V
+    size = float(mine.abs().max())
+    return float((other.to(mine) - mine).abs().max()) / size if size > 0 else 0.0
+
+
+def _relative(value: float, reference: float) -> float:
+    return (value - reference) / reference if reference != 0 else value
