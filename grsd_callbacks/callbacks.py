@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +11,15 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback as _Callback
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
-from torch.utils._pytree import tree_map
+from torch.utils.data import IterableDataset
 
 from grsd_callbacks.functional import ModelFunction, select_parameters
-from grsd_callbacks.guard import preserve_object_rng, preserve_rng
+from grsd_callbacks.guard import preserve_object_rng, undisturbed
 from grsd_callbacks.losses import Loss, check_pair, resolve_loss
 from grsd_callbacks.measure import Settings
-from grsd_callbacks.monitor import MeasurementWarning, ShellMonitor, check_num_probe, make_schedule
+from grsd_callbacks.monitor import ShellMonitor, check_num_probe, make_schedule, warn, warn_of_few_samples
 from grsd_callbacks.optimizer import step_size
-from grsd_callbacks.probe import Probe, concatenate, probe_from, unpack_batch
+from grsd_callbacks.probe import Probe, probe_from, unpack_batch
 from grsd_callbacks.sinks import JSONLinesSink, LoggerSink, Sink
 from grsd_callbacks.snapshot import Snapshot
 
@@ -49,7 +47,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         loss: "auto" (an `nn.MSELoss`/`nn.CrossEntropyLoss` that is an attribute of the module), "mse",
             "cross_entropy", such a module, or a callable (outputs, targets) -> scalar; the model's outputs are
             what the LightningModule's `forward` returns.
-        probe: "auto" (samples of the first training batch, more from the data set where it has not enough),
+        probe: "auto" (samples of the first training batch, or of the data set where the batch has not enough),
             `(inputs, targets)`, or a DataLoader.
         num_probe: samples on the probe; None: so many that samples x outputs is about 320 (CPU) or 2,048 (GPU).
         every_n_steps: optimizer steps between measurements; None is the default schedule.
@@ -171,6 +169,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         select_parameters(pl_module, self._settings["params"])
         if not isinstance(self._probe, str):
             self._probe = probe_from(self._probe, self._num_probe, self._unpack)
+            warn_of_few_samples(self._num_probe, self._probe)
             first = self._probe.take(slice(0, 1))
             check_pair(self._resolved, self._outputs(pl_module, first), first.targets)
 
@@ -186,11 +185,15 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: nn.Module, optimizer: Any) -> None:
         """Advance flow time by the learning rate in force."""
-        if self.monitor is None or not trainer.is_global_zero:
+        if self.monitor is None or not trainer.is_global_zero or not _has_gradient(optimizer):
             return
         several = _raw(trainer.optimizers)
-        share = _num_parameters([optimizer]) / max(_num_parameters(several), 1) if len(several) > 1 else 1.0
+        if len(several) <= 1:
+            self.monitor.advance(step_size(optimizer))
+            return
+        share = _num_parameters([optimizer]) / max(_num_parameters(several), 1)
         self.monitor.advance(step_size(optimizer), share=share)
+        self.monitor.set_step_size(step_size(several))
 
     def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Complete the latest measurement by the step that followed it."""
@@ -253,35 +256,32 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         return monitor
 
     def _auto_probe(self, trainer: Any, pl_module: nn.Module, batch: Any) -> Probe:
-        """Clones of the first batch's samples, and more of the data set's where these are too few."""
+        """Clones of the first batch's samples, or of the data set's where the batch has too few."""
         first = Probe(*self._unpack(batch)).check()
         width = self._outputs(pl_module, first.take(slice(0, 1)))[0].numel()
         size = PROBE_SIZE.get(_device(pl_module).type, PROBE_SIZE["cpu"])
         wanted = self._num_probe or max(8, size // width)
-        if first.num_samples < wanted:
-            first = self._extended(trainer, first, wanted)
-        if first.num_samples < wanted and self._num_probe is not None:
-            warnings.warn(
-                f"grsd: num_probe={wanted} but only {first.num_samples} samples can be had from the training data; "
-                "the probe has these. Give probe=(inputs, targets) for more.",
-                MeasurementWarning,
-                stacklevel=2,
-            )
-        return probe_from(first, wanted)
+        probe = first if first.num_samples >= wanted else self._from_data_set(trainer, pl_module, first, wanted)
+        warn_of_few_samples(self._num_probe, probe)
+        return probe_from(probe, wanted)
 
-    def _extended(self, trainer: Any, first: Probe, wanted: int) -> Probe:
-        """The first batch's samples and data set items spread evenly, fetched without moving any generator."""
+    def _from_data_set(self, trainer: Any, pl_module: nn.Module, first: Probe, wanted: int) -> Probe:
+        """Samples spread evenly over the training data, each once, prepared as Lightning does; or else `first`."""
         loader = trainer.train_dataloader
-        dataset, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
-        if dataset is None or collate is None or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        indices = _sample_indices(loader)
+        if len(indices) <= first.num_samples:
             return first
-        missing = min(wanted - first.num_samples, len(dataset))
-        with ExitStack() as stack:
-            stack.enter_context(preserve_rng())
-            stack.enter_context(preserve_object_rng(dataset))
-            indices = torch.linspace(0, len(dataset) - 1, missing).round().long().unique().tolist()
-            more = Probe(*self._unpack(collate([dataset[i] for i in indices])))
-        return concatenate([first, _like(more, first)])
+        num = min(wanted, len(indices))
+        try:
+            with undisturbed(pl_module, mode="keep"), preserve_object_rng(loader.dataset):
+                samples = [loader.dataset[indices[i * len(indices) // num]] for i in range(num)]
+                return Probe(*self._unpack(_prepared(trainer, pl_module, loader.collate_fn(samples)))).check()
+        except Exception as error:
+            warn(
+                f"grsd: the probe is the first batch alone ({first.num_samples} samples), because the data set cannot "
+                f"be read by index ({type(error).__name__}: {error}). Give probe=(inputs, targets) for more."
+            )
+            return first
 
     def _outputs(self, pl_module: nn.Module, probe: Probe) -> Tensor:
         function = ModelFunction(
@@ -303,6 +303,23 @@ def step_axis(trainer: Any) -> int:
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
+def _prepared(trainer: Any, pl_module: Any, batch: Any) -> Any:
+    """A collated batch after the precision plugin, the user's transfer hooks and the move to the device."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _sample_indices(loader: Any) -> Sequence[Any]:
+    """What the loader's data set may be indexed with; empty where samples cannot be had so."""
+    dataset = getattr(loader, "dataset", None)
+    if getattr(loader, "batch_sampler", None) is None or not isinstance(dataset, Sized):
+        return ()
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        return ()
+    return getattr(loader.sampler, "indices", range(len(dataset)))
+
+
 def auto_loss(module: nn.Module) -> Any:
     """The loss that a LightningModule holds as an attribute.
 
@@ -315,14 +332,20 @@ def auto_loss(module: nn.Module) -> Any:
             found[name] = value
         elif value in (F.mse_loss, F.cross_entropy) if callable(value) and not isinstance(value, nn.Module) else False:
             found[name] = value
-    kinds = {resolve_loss(value).kind for value in found.values()}
-    if len(kinds) == 1:
+    if len({_options(resolve_loss(value).function) for value in found.values()}) == 1:
         return next(iter(found.values()))
     what = "no nn.MSELoss or nn.CrossEntropyLoss attribute" if not found else f"several losses ({', '.join(found)})"
     raise ValueError(
         f"loss='auto' found {what} on {type(module).__name__}; give loss='mse', loss='cross_entropy' or "
         "loss= a callable (outputs, targets) -> scalar"
     )
+
+
+def _options(loss: Any) -> tuple[Any, ...]:
+    """What tells one mean squared error or cross-entropy from another."""
+    weight = getattr(loss, "weight", None)
+    options = [getattr(loss, name, None) for name in ("reduction", "ignore_index", "label_smoothing")]
+    return (type(loss), *options, None if weight is None else tuple(weight.tolist()))
 
 
 def json_lines_sink(where: str | None, folder: str | None, trainer: Any) -> list[Sink]:
@@ -347,22 +370,17 @@ def _raw(optimizers: Any) -> list[Any]:
     return list(optimizers) if isinstance(optimizers, (list, tuple)) else [optimizers]
 
 
+def _has_gradient(optimizer: Any) -> bool:
+    """False where training_step returned None: the step moves nothing."""
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+
+
 def _num_parameters(optimizers: list[Any]) -> int:
     return sum(p.numel() for o in optimizers for group in o.param_groups for p in group["params"])
 
 
 def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
-
-
-def _like(more: Probe, first: Probe) -> Probe:
-    """Samples in the device and floating dtype of the batch that Lightning has prepared."""
-    def same(leaf: Any, model: Any) -> Any:
-        if not (isinstance(leaf, Tensor) and isinstance(model, Tensor)):
-            return leaf
-        return leaf.to(model.device, model.dtype) if model.is_floating_point() else leaf.to(model.device)
-
-    return Probe(tree_map(same, more.inputs, first.inputs), tree_map(same, more.targets, first.targets))
 
 
 def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -23,6 +23,8 @@ from torch import Tensor
 
 #: widening of every bound, relative to the total mass, that covers rounding
 BOUND_GUARD = 1e-9
+#: numbers in one block of the bounds' root finding (1 MB, so that it stays in the cache)
+_BLOCK = 2**17
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +38,7 @@ class Bidiagonalization:
         left: U, shape (m, k + 1) or (m, k) if exhausted, orthonormal columns, float64.
         exhausted: the Krylov space is invariant: quadrature is exact, not an estimate.
         num_products: products with A^T plus products with A, halved (kernel products).
+        rounding: relative error to which singular values are known: eps of the products' dtype, at least 1e-15.
     """
 
     alphas: Tensor
@@ -44,37 +47,20 @@ class Bidiagonalization:
     left: Tensor
     exhausted: bool
     num_products: float
+    rounding: float = 1e-15
 
     @property
     def num_steps(self) -> int:
         """k, the number of steps taken."""
         return self.alphas.numel()
 
-    def jacobi(self) -> Tensor:
-        """T = B B^T in the basis U, shape (k, k) ((k+1, k+1) with a null row where only A^T u vanished)."""
-        lower = self._lower()
-        return lower @ lower.T
+    def factor(self) -> Tensor:
+        """B, shape (k, k), of the Jacobi matrix T = B B^T in the basis U (a last row of zeros if A^T u_k vanished)."""
+        return torch.diag(self.alphas) + torch.diag(self.betas[:-1], -1)
 
-    def jacobi_dual(self) -> Tensor:
-        """S = B^T B in the basis V, shape (k, k)."""
-        lower = self._lower_long()
-        return lower.T @ lower
-
-    def _lower(self) -> Tensor:
-        k = self.num_steps
-        lower = torch.diag(self.alphas)
-        if k > 1:
-            lower = lower + torch.diag(self.betas[: k - 1], -1)
-        return lower
-
-    def _lower_long(self) -> Tensor:
-        """B_{k+1,k}, shape (k + 1, k)."""
-        k = self.num_steps
-        lower = torch.zeros(k + 1, k, dtype=torch.float64)
-        lower[:k] = self._lower()
-        if k:
-            lower[k, k - 1] = self.betas[-1]
-        return lower
+    def factor_dual(self) -> Tensor:
+        """B^T without its last row, shape (k - 1, k), of the Jacobi matrix S = B^T B in the basis V."""
+        return self.factor().T[:-1]
 
 
 def golub_kahan(
@@ -119,14 +105,15 @@ def golub_kahan(
     for j in range(min(num_steps, m)):
         pulled = apply_adjoint(left[:, j])
         products += 0.5
-        tiny = breakdown if breakdown is not None else 4 * torch.finfo(pulled.dtype).eps
+        eps = torch.finfo(pulled.dtype).eps
+        tiny = breakdown if breakdown is not None else 4 * eps
         if right is not None:
             pulled = pulled - betas[-1] * right
         alpha = float(pulled.to(torch.float64).norm())
         if alpha <= tiny * scale or alpha == 0.0:  # u_j lies in the null space: a node at zero, and all is exact
             alphas.append(0.0)
             betas.append(0.0)
-            return Bidiagonalization(_row(alphas), _row(betas), norm, left[:, : j + 1], True, products)
+            return Bidiagonalization(_row(alphas), _row(betas), norm, left[:, : j + 1], True, products, max(eps, 1e-15))
         right = pulled / alpha
         alphas.append(alpha)
         scale = max(scale, alpha)
@@ -138,79 +125,108 @@ def golub_kahan(
         beta = float(pushed.norm())
         if beta <= tiny * scale or j + 1 == m:
             betas.append(0.0)
-            return Bidiagonalization(_row(alphas), _row(betas), norm, left[:, : j + 1], True, products)
+            return Bidiagonalization(_row(alphas), _row(betas), norm, left[:, : j + 1], True, products, max(eps, 1e-15))
         betas.append(beta)
         scale = max(scale, beta)
         left[:, j + 1] = pushed / beta
-    return Bidiagonalization(_row(alphas), _row(betas), norm, left, False, products)
+    return Bidiagonalization(_row(alphas), _row(betas), norm, left, False, products, max(eps, 1e-15))
 
 
-def gauss_rule(jacobi: Tensor) -> tuple[Tensor, Tensor]:
-    """Nodes (ascending) and weights (summing to 1) of the Gauss rule of a Jacobi matrix (k, k)."""
-    if jacobi.numel() == 0:
-        empty = torch.zeros(0, dtype=torch.float64)
-        return empty, empty
-    nodes, vectors = torch.linalg.eigh(jacobi)
-    return nodes.clamp_min(0.0), vectors[0] ** 2
+def gauss_rule(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Nodes (ascending, shape (k,)) and Ritz rotation (columns, shape (k, k)) of the Jacobi matrix L L^T.
+
+    Weights are the squares of the rotation's first row. Taken from the singular values of L, shape (k, l): small nodes
+    keep the relative accuracy that squaring would lose.
+    """
+    k = factor.shape[0]
+    if factor.numel() == 0:
+        return torch.zeros(k, dtype=torch.float64), torch.eye(k, dtype=torch.float64)
+    vectors, singular, _ = torch.linalg.svd(factor)
+    nodes = torch.zeros(k, dtype=torch.float64)
+    nodes[: singular.numel()] = singular**2
+    return nodes.flip(0), vectors.flip(1)
 
 
 def cumulative_bounds(
-    jacobi: Tensor, coupling: float, points: Tensor, *, exact: bool = False
+    factor: Tensor, coupling: float, points: Tensor, *, exact: bool = False, rounding: float = 1e-15
 ) -> tuple[Tensor, Tensor]:
-    """Rigorous bounds of the cumulative measure mu((-inf, x)) from a Jacobi matrix.
+    """Rigorous bounds of the cumulative measure mu((-inf, x)) from a Jacobi matrix T = L L^T.
 
     At each point x the Gauss-Radau rule with a node at x has, by Chebyshev, Markov and Stieltjes,
     `sum of weights below x <= mu((-inf, x)) <= mu((-inf, x]) <= that + weight at x`; no measure with the
     same moments violates them and both ends are attained.
 
     Args:
-        jacobi: (k, k), of a measure of mass 1.
+        factor: L, shape (k, l), of a measure of mass 1.
         coupling: the next off-diagonal entry of the Jacobi matrix.
-        points: x, shape (e,).
+        points: x, ascending, shape (e,).
         exact: the measure is the Gauss rule itself: both bounds are its cumulative sum.
+        rounding: relative error of the products, to which singular values (not eigenvalues) are known: a converged
+            node that lies on x may be on either side of it.
 
     Returns:
         lower, upper: shape (e,), non-decreasing in x, widened by `BOUND_GUARD`.
 
-    Cost: e symmetric eigenproblems of size k + 1.
+    Cost: one singular value decomposition of size k, 250 e k^2 multiplications.
     """
-    points = points.to(torch.float64)
-    if exact or coupling == 0.0 or jacobi.numel() == 0:
-        nodes, weights = gauss_rule(jacobi)
-        below = (weights[None, :] * (nodes[None, :] < points[:, None])).sum(1)
+    points = points.to("cpu", torch.float64)
+    nodes, rotation = gauss_rule(factor)
+    if exact or coupling == 0.0 or factor.numel() == 0:
+        below = (rotation[0] ** 2 * (nodes < points[:, None])).sum(1)
         return below, below.clone()
-    extended = _radau(jacobi, coupling, points)
-    nodes, vectors = torch.linalg.eigh(extended)
-    weights = vectors[:, 0, :] ** 2
-    # The rule has a node at x up to rounding: the node nearest to x is that one.
-    at = (nodes - points[:, None]).abs().argmin(1, keepdim=True)
-    order = torch.arange(nodes.shape[1])[None, :]
-    below = (weights * (order < at)).sum(1)
-    upper = below + weights.gather(1, at)[:, 0]
-    lower = torch.cummax(below - BOUND_GUARD, 0).values.clamp(0.0, 1.0)
-    upper = torch.flip(torch.cummin(torch.flip(upper + BOUND_GUARD, [0]), 0).values, [0]).clamp(0.0, 1.0)
+    blur = rounding * nodes[-1].sqrt()
+    ends = torch.stack([(points.sqrt() - blur).clamp_min(0.0) ** 2, (points.sqrt() + blur) ** 2])
+    blocks = ends.flatten().split(max(1, _BLOCK // nodes.numel() ** 2))
+    rules = [_radau(nodes, rotation[0], coupling * rotation[-1], block) for block in blocks]
+    below, at = (torch.cat(part).view(2, -1) for part in zip(*rules))
+    lower = torch.cummax(below[0] - BOUND_GUARD, 0).values.clamp(0.0, 1.0)
+    upper = torch.flip(torch.cummin(torch.flip(below[1] + at[1] + BOUND_GUARD, [0]), 0).values, [0]).clamp(0.0, 1.0)
     return lower, upper
 
 
-def _radau(jacobi: Tensor, coupling: float, points: Tensor) -> Tensor:
-    """Jacobi matrices (e, k+1, k+1) whose rules have a node at each point."""
-    k = jacobi.shape[0]
-    eye = torch.eye(k, dtype=torch.float64)
-    shifted = jacobi[None] - points[:, None, None] * eye
-    scale = jacobi.diagonal().abs().max()
-    # A point that is itself a Gauss node makes the system singular: move the matrix by rounding.
-    rhs = torch.zeros(points.numel(), k, 1, dtype=torch.float64)
-    rhs[:, -1] = coupling**2
-    solution, info = torch.linalg.solve_ex(shifted, rhs)
-    singular = (info != 0) | ~torch.isfinite(solution).all(dim=(1, 2))
-    if bool(singular.any()):
-        nudged = shifted[singular] + 1e-15 * scale * eye
-        solution[singular] = torch.linalg.solve_ex(nudged, rhs[singular])[0]
-    extended = torch.zeros(points.numel(), k + 1, k + 1, dtype=torch.float64)
-    extended[:, :k, :k] = jacobi
-    extended[:, k - 1, k] = extended[:, k, k - 1] = coupling
-    extended[:, k, k] = (points + solution[:, -1, 0]).nan_to_num(nan=0.0, posinf=1e300, neginf=-1e300)
-    return extended
+def _radau(nodes: Tensor, first: Tensor, z: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight below x, and at x, of the (k + 1)-node rules that have a node at each point x.
+
+    In the Ritz basis the rule's matrix is an arrow: diagonal theta, last row z, a corner that makes x an eigenvalue.
+    Its other nodes mu are the roots of `h(mu) = 1 + sum_j z_j^2 / ((theta_j - x) (theta_j - mu))`; those below x lie
+    one before each theta_i < x. Each is bisected in the logarithm of its distance to the nearer theta: near a Gauss
+    node the corner is huge, and an eigenvalue solver would lose every small node.
+    """
+    least = 1e-40 * z.abs().max()
+    z = torch.where(z.abs() < least, least, z)  # converged: its node stays at theta, but must not fall out of the sum
+    tiny = 1e-16 * points.abs().clamp_min(1e-30 * float(nodes[-1]))[:, None]
+    gap = nodes - points[:, None]
+    gap = torch.where(gap.abs() < tiny, tiny, gap)
+    pull = (z**2 / gap)[:, None, :]  # (e, 1, j)
+    left, right = torch.cat([nodes[:1], nodes[:-1]]), nodes
+    middle = _apart(nodes - ((left + right) / 2)[:, None])
+    rises = 1 + (pull / middle).sum(2) < 0  # (e, i): h falls between two theta, so the root lies left of the middle
+    rises[:, 0] = False
+    index = torch.arange(nodes.numel())
+    from_origin = nodes - nodes[index - rises.long()][:, :, None]  # (e, i, j)
+    side = torch.where(rises, 1.0, -1.0).to(nodes.dtype)
+    reach = ((right - left) / 2).clamp_min(1e-100 * nodes[-1])
+    low, high = (reach * 1e-100).log(), reach.log()
+    low[0], high[0] = (1e-100 * nodes[-1]).log(), (1e100 * nodes[-1]).log()
+    for _ in range(44):
+        trial = (low + high) / 2
+        h = 1 + (from_origin - (side * trial.exp())[:, :, None]).reciprocal_().mul_(pull).sum(2)
+        beyond = side * h > 0
+        low, high = torch.where(beyond, trial, low), torch.where(beyond, high, trial)
+    weights = _weight(first, z, _apart(from_origin - (side * high.exp())[:, :, None]))
+    return (weights * (gap < 0)).sum(1), _weight(first, z, gap)
+
+
+def _apart(distance: Tensor) -> Tensor:
+    return torch.where(distance.abs() < 1e-250, torch.full_like(distance, 1e-250), distance)
+
+
+def _weight(first: Tensor, z: Tensor, distance: Tensor) -> Tensor:
+    """Squared first component of the arrow's normalised eigenvectors (z_j / distance_j, -1); last axis is j."""
+    y = z / distance
+    scale = y.abs().amax(-1, keepdim=True).clamp_min(1.0)
+    y = y / scale
+    return (y @ first) ** 2 / (scale[..., 0] ** -2.0 + (y**2).sum(-1))
 
 
 def _row(values: list[float]) -> Tensor:

@@ -42,6 +42,7 @@ class Call:
         self.input = x.detach()
         self.version = _version(x)
         self.shape = output.shape
+        self.features = tuple(x.shape[len(self.lead()) :])
         self.edge: GradientEdge | None = get_gradient_edge(output)
         self.layout = (1, 1)
         self.active: Tensor | None = None
@@ -89,16 +90,26 @@ class Call:
         """Positions inside one entry of the leading dimensions."""
         return 1
 
-    def split(self, x: Tensor, n: int) -> Tensor:
-        """(k, *lead, *rest) -> (n, k, positions of lead, *rest)."""
-        rest = x.shape[1 + len(self.lead()) :]
+    def spread(self, edge: GradientEdge, before: tuple[int, ...], after: tuple[int, ...]) -> None:
+        """Read the output where it has become one per sample: `before` is its shape there, `after` once broadcast."""
+        rest = len(self.shape) - len(self.lead())
+        lead_before, lead_after = before[: len(before) - rest], after[: len(after) - rest]
+        if before[len(lead_before) :] == self.shape[len(self.shape) - rest :] == after[len(lead_after) :]:
+            self.input = self.input.reshape(*lead_before, *self.features).expand(*lead_after, *self.features)
+            self.edge, self.shape = edge, torch.Size(after)
+
+    def split(self, g: Tensor, n: int) -> Tensor:
+        """Gradients of the output (k, *lead, *rest) -> (n, k, positions of lead, *rest)."""
+        return self._split(g, n, tuple(self.shape[len(self.lead()) :]))
+
+    def _split(self, x: Tensor, n: int, rest: tuple[int, ...]) -> Tensor:
         outer, inner = self.layout
         x = x.reshape(x.shape[0], outer, n, inner, *rest)
         return x.permute(2, 0, 1, 3, *range(4, x.dim())).flatten(2, 3)
 
     def of(self, samples: slice, n: int) -> Tensor:
         """The input of some samples, (samples, positions of lead, *rest)."""
-        return self.split(self.input.unsqueeze(0), n)[samples, 0]
+        return self._split(self.input.unsqueeze(0), n, self.features)[samples, 0]
 
     def left(self, samples: slice, n: int) -> Tensor:
         """The forward's factor, (samples, G, active T, p)."""
@@ -320,7 +331,11 @@ class ChannelNormCall(_SpatialCall):
 
 def products(right: Tensor, left: Tensor) -> Tensor:
     """sum_t right[i, c, g, t, q] left[i, g, t, p]: rows of a weight, (n, k, G, q, p)."""
-    return torch.stack([torch.matmul(right[:, c].mT, left) for c in range(right.shape[1])], dim=1)
+    n, k, G, T, q = right.shape
+    if right.stride(-1) == 1 and T > 1:  # positions outermost: merging outputs would transpose everything
+        return torch.stack([torch.matmul(right[:, c].mT, left) for c in range(k)], dim=1)
+    merged = right.permute(0, 2, 1, 4, 3).reshape(n, G, k * q, T)
+    return torch.matmul(merged, left).view(n, G, k, q, -1).transpose(1, 2)
 
 
 def windows(x: Tensor, m: Any, space: tuple[int, ...] | None = None) -> Tensor:

@@ -114,6 +114,7 @@ class ShellMonitor:
         self.loss: Loss = resolve_loss(loss, nu)
         self.schedule = make_schedule(every_n_steps, max_overhead, total_steps, per_decade)
         self.probe: Probe = probe_from(probe, num_probe, *([unpack] if unpack else []))
+        warn_of_few_samples(num_probe, self.probe)
         self.sinks = SinkGroup([] if writer is None else writer if isinstance(writer, (list, tuple)) else [writer])
         self.prefix = prefix
         self.on_error = on_error
@@ -127,6 +128,8 @@ class ShellMonitor:
         self._pending: Pending | None = None
         self._forward = "auto"
         self._started: float | None = None
+        self._measuring_since: float | None = None
+        self._first_step = 0
         self._elapsed_before = 0.0
         self._warned: set[str] = set()
         self._identity = self._parameter_identity()
@@ -145,7 +148,8 @@ class ShellMonitor:
         )
         outputs = op.outputs
         check_pair(self.loss, outputs, self.probe.targets)
-        self.loss = calibrate(self.loss, outputs, self.probe.targets)
+        op.run(lambda: self.loss.evaluate(outputs, self.probe.targets))  # refuses what is no differentiable scalar
+        self.loss = op.run(lambda: calibrate(self.loss, outputs, self.probe.targets))
         self.report = start_report(op, self.loss, self.settings, self.schedule.describe())
 
     @property
@@ -212,7 +216,7 @@ class ShellMonitor:
         """Measure if due at `step`, flow time being kept up to date by `advance`."""
         now = time.perf_counter()
         if self._started is None:
-            self._started = now
+            self._started, self._first_step = now, step
         elapsed = self._elapsed_before + now - self._started
         if self._last_step is not None and step > self._last_step:
             self.run.steps_since += step - self._last_step
@@ -245,17 +249,19 @@ class ShellMonitor:
                 snapshot = self._charged(lambda: self._attempt(last, lambda: self._take(last)))
         self._pending = None
         if self.history:
-            self._charged(lambda: self._attempt(self.history[-1].step, self._write_summary))
+            self._charged(lambda: self._try_to_write(self._write_summary))
         return snapshot
 
     def close(self) -> None:
         """Flush everything and close what this monitor has opened."""
-        self._attempt(self._last_step or 0, self.sinks.close)
+        self._try_to_write(self.sinks.close)
 
     # -- one measurement ---------------------------------------------------------------------------------
 
     def _due(self, step: int) -> bool:
         due = self.schedule.due(step)
+        if self.history and self.history[-1].step >= step:  # resumed where a run had ended
+            return False
         if self.pair and self.history and self.history[-1].step == step - 1:
             due = due or len(self.history) < 2 or self.history[-2].step != step - 2
         return due
@@ -272,7 +278,7 @@ class ShellMonitor:
             op.release()
             self._pending = Pending(step, op, instant.state, instant.nu, self.run.size)
         self._warn_if_costly()
-        self._write(snapshot)
+        self._try_to_write(lambda: self._write(snapshot))
         return snapshot
 
     def _add_update(self, pending: Pending) -> None:
@@ -283,7 +289,8 @@ class ShellMonitor:
         change = pending.op.flatten([parameters[name].detach().to(copy) - copy.detach() for name, copy in copies])
         done = self.run.add_update(pending, change, self.run.size, transfer=self.transfer)
         if done is not None:
-            self._emit(Emission(step=done.step, scalars=tags.update_scalars(done), record=done.to_dict()))
+            emission = Emission(step=done.step, scalars=tags.update_scalars(done), record=done.to_dict())
+            self._try_to_write(lambda: self._emit(emission))
 
     # -- writing -----------------------------------------------------------------------------------------
 
@@ -303,16 +310,8 @@ class ShellMonitor:
         self.sinks.flush()
 
     def final_exponents(self) -> dict[str, PowerLawFit]:
-        """Exponents over the whole run, with the verdict between power law and its competitors."""
-        if not self.history:
-            return {}
-        first, last = self.history[0], self.history[-1]
-        return {
-            **first.exponents,
-            **({"a": last.exponents["a"]} if "a" in last.exponents else {}),
-            "chi": self.run.trajectory.chi(),
-            "rho": self.run.trajectory.rho(),
-        }
+        """Exponents over the whole run, with the verdict between power law and its competitors (`Run`)."""
+        return self.run.final_exponents()
 
     def summary(self) -> str:
         """The run as a readable table: shells, exponents, closures, cost."""
@@ -322,21 +321,24 @@ class ShellMonitor:
 
     @property
     def overhead(self) -> float:
-        """Measuring time over training time without it, so far (a fraction)."""
-        if self._started is None:
-            return 0.0
-        training = self._elapsed_before + time.perf_counter() - self._started - self.measuring_seconds
-        return self.measuring_seconds / training if training > 0 else math.nan
+        """Measuring time over training time without it, so far (a fraction); NaN before the first step."""
+        if self._started is None or self._last_step == self._first_step:
+            return math.nan
+        now = time.perf_counter()
+        measuring = self.measuring_seconds + (now - self._measuring_since if self._measuring_since is not None else 0.0)
+        training = self._elapsed_before + now - self._started - measuring
+        return measuring / training if training > 0 else math.nan
 
     def _charged(self, function: Callable[[], Any]) -> Any:
-        start = time.perf_counter()
+        self._measuring_since = start = time.perf_counter()
         try:
             return function()
         finally:
             self.measuring_seconds += time.perf_counter() - start
+            self._measuring_since = None
 
     def _attempt(self, step: int, function: Callable[[], Any]) -> Any:
-        """Run a measurement or a write; a failure is one warning a kind, counted and emitted."""
+        """Run a measurement; a failure is one warning a kind, counted and emitted."""
         try:
             return function()
         except Exception as error:
@@ -354,18 +356,23 @@ class ShellMonitor:
             f"grsd: the measurement at step {step} failed ({kind}). Training goes on unchanged; the next measurement "
             "is tried as scheduled. Use on_error='raise' to see the traceback.",
         )
+        self._try_to_write(lambda: self._emit(Emission(step=step, scalars={tags.FAILED: float(self.num_failed)})))
+
+    def _try_to_write(self, function: Callable[[], None]) -> None:
+        """Write; a failure is one warning, and the values stay in `history`."""
         try:
-            self._emit(Emission(step=step, scalars={tags.FAILED: float(self.num_failed)}))
-        except Exception as second:  # the sink itself is what failed
-            self._warn("sink", f"grsd: values cannot be written ({second}); they are kept in history.")
+            function()
+        except Exception as error:
+            if self.on_error == "raise":
+                raise
+            self._warn(
+                "write", f"grsd: values cannot be written ({type(error).__name__}: {error}); they are kept in history."
+            )
 
     def _warn(self, key: str, message: str) -> None:
         if key not in self._warned:
             self._warned.add(key)
-            try:
-                warnings.warn(message, MeasurementWarning, stacklevel=4)
-            except MeasurementWarning:  # warnings are errors in this process; a measurement still kills no run
-                logging.getLogger("grsd_callbacks").warning(message)
+            warn(message)
 
     def _warn_if_costly(self) -> None:
         if isinstance(self.schedule, FixedSchedule) and len(self.history) >= 4 and self.overhead > COSTLY:
@@ -411,6 +418,23 @@ class ShellMonitor:
         self._elapsed_before = float(state["elapsed_seconds"])
         self._started = None
         self._pending = None
+
+
+def warn(message: str) -> None:
+    """A `MeasurementWarning` that ends no training, even where warnings are errors."""
+    try:
+        warnings.warn(message, MeasurementWarning, stacklevel=2)
+    except MeasurementWarning:
+        logging.getLogger("grsd_callbacks").warning(message)
+
+
+def warn_of_few_samples(num_probe: int | None, probe: Probe) -> None:
+    """One warning if the probe has fewer samples than were asked for."""
+    if num_probe is not None and probe.num_samples < num_probe:
+        warn(
+            f"grsd: num_probe={num_probe}, but the data have only {probe.num_samples} samples; the probe has these. "
+            "Give probe=(inputs, targets) for more."
+        )
 
 
 def make_schedule(

@@ -6,6 +6,7 @@ and never changes during a run, so differences between measurements are never sa
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils.data import DataLoader
+
+from grsd_callbacks.guard import preserve_object_rng, preserve_rng
 
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 
@@ -113,7 +117,7 @@ def probe_from(
     Args:
         source: `(inputs, targets)`, a `Probe`, or an iterable of batches such as a DataLoader.
         num: number of samples to keep (the first ones); None keeps a pair whole and one batch of a loader.
-        unpack: how to read a batch of an iterable source.
+        unpack: how to read a batch of an iterable source. Reading a loader moves no random generator.
 
     Raises:
         ValueError: for an empty loader or a structure that is not a probe.
@@ -139,15 +143,25 @@ def probe_from(
 def _from_loader(loader: Iterable[Any], num: int | None, unpack: Callable[[Any], tuple[Any, Any]]) -> Probe:
     parts: list[Probe] = []
     found = 0
-    for batch in loader:
-        part = Probe(*unpack(batch)).check()
-        parts.append(part)
-        found += part.num_samples
-        if num is None or found >= num:
-            break
+    with preserve_rng(), preserve_object_rng(loader):
+        for batch in _private(loader):
+            part = Probe(*unpack(batch)).check()
+            parts.append(part)
+            found += part.num_samples
+            if num is None or found >= num:
+                break
     if not parts:
         raise ValueError("probe: the loader is empty; give a loader with at least one batch, or (inputs, targets)")
     return concatenate(parts)
+
+
+def _private(loader: Iterable[Any]) -> Iterable[Any]:
+    """The same loader with workers of its own: persistent ones may belong to the training."""
+    if not isinstance(loader, DataLoader):
+        return loader
+    twin = copy.copy(loader)
+    twin._iterator = None
+    return twin
 
 
 def concatenate(parts: list[Probe]) -> Probe:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from grsd_callbacks.comparison import frozen_kernel_share, kernel_comparison
-from grsd_callbacks.exponents import PowerLawFit
+from grsd_callbacks.exponents import PowerLawFit, fit_energy, fit_spectrum
 from grsd_callbacks.flux import KernelState, ShellFlux, four_corner_flux, no_flux
 from grsd_callbacks.kernel import NTKOperator
 from grsd_callbacks.measure import Instant
@@ -219,6 +219,21 @@ class Run:
             summary={**snapshot.summary, **_transfer_summary(found)},
             health={**snapshot.health, **health, "transfer_coverage": held},
         )
+
+    def final_exponents(self) -> dict[str, PowerLawFit]:
+        """Exponents over the whole run with verdicts: q of the first measurement, a of the last, chi and rho."""
+        if not self.history:
+            return {}
+        first, last = self.history[0], self.history[-1]
+        counts = None if bool(first.counts.isnan().any()) else first.counts.numpy()
+        fits = {
+            "q": fit_energy(first.edges.numpy(), first.energy.numpy(), counts, first.resolved.numpy()),
+            "chi": self.trajectory.chi(),
+            "rho": self.trajectory.rho(),
+        }
+        if last.weights is None:
+            fits["a"] = fit_spectrum(last.eigenvalues.numpy())
+        return fits
 
     # -- checkpoints -------------------------------------------------------------------------------------
 

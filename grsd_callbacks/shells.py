@@ -211,7 +211,7 @@ def _shells_from(total: float, bounds: tuple[Tensor, Tensor]) -> tuple[Tensor, T
 
 
 def _smooth_measure_budget(measure: SpectralMeasure, grid: ShellGrid, width: float) -> ShellBudget:
-    """Gauss quadrature of smooth windows; no rigorous bounds, so bounds are infinite and nothing is resolved."""
+    """Gauss quadrature of smooth windows; no rigorous bounds, so bounds are NaN and nothing is resolved."""
     nodes, weights = measure.nodes, measure.weights
     windows = grid.windows(nodes, width)
     energy, dissipation = windows @ (0.5 * weights), windows @ (nodes * weights)

@@ -89,24 +89,28 @@ class SpectralMeasure:
     @cached_property
     def nodes(self) -> Tensor:
         """Gauss nodes (Ritz values), ascending, shape (k,)."""
-        return gauss_rule(self.bidiagonal.jacobi())[0]
+        return self._rule[0]
 
     @cached_property
     def weights(self) -> Tensor:
         """Gauss weights, shape (k,), summing to |r|^2."""
-        return self.mass * gauss_rule(self.bidiagonal.jacobi())[1]
+        return self.mass * self._rule[1][:1].flatten() ** 2
 
     @cached_property
     def ritz_vectors(self) -> Tensor:
         """Ritz vectors in function space, shape (m, k), orthonormal, ascending with `nodes`."""
-        rotation = torch.linalg.eigh(self.bidiagonal.jacobi())[1].to(self.bidiagonal.left)
+        rotation = self._rule[1].to(self.bidiagonal.left)
         return self.bidiagonal.left[:, : rotation.shape[0]] @ rotation
+
+    @cached_property
+    def _rule(self) -> tuple[Tensor, Tensor]:
+        return gauss_rule(self.bidiagonal.factor())
 
     def bounds(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Lower and upper bound of the fraction of |r|^2 at eigenvalues below each point."""
         b = self.bidiagonal
         coupling = float(b.alphas[-1] * b.betas[-1]) if b.num_steps else 0.0
-        return cumulative_bounds(b.jacobi(), coupling, points, exact=b.exhausted)
+        return cumulative_bounds(b.factor(), coupling, points, exact=b.exhausted, rounding=b.rounding)
 
     def dissipation_bounds(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Lower and upper bound of the fraction of r^T M r at eigenvalues below each point."""
@@ -116,8 +120,8 @@ class SpectralMeasure:
             share = weights / weights.sum().clamp_min(1e-300)
             below = (share[None] * (nodes[None] < points.to(nodes)[:, None])).sum(1)
             return (below, below.clone()) if b.exhausted else (torch.zeros_like(below), torch.ones_like(below))
-        dual = b.jacobi_dual()
-        return cumulative_bounds(dual[:-1, :-1], float(dual[-1, -2]), points)
+        coupling = float(b.alphas[-1] * b.betas[-2])
+        return cumulative_bounds(b.factor_dual(), coupling, points, rounding=b.rounding)
 
 
 def spectral_measure(op: NTKOperator, start: Tensor, num_matvecs: int, nu: float = 1.0) -> SpectralMeasure:

@@ -263,3 +263,7 @@ def renamed(emission: Emission, prefix: str) -> Emission:
         texts=names(emission.texts),
         figures=names(emission.figures),
     )
+
+
+if __name__ == "__main__":
+    print(meaning_card())

@@ -1,4 +1,4 @@
-"""Rules for all tests: two threads, no windows, and GPU tests wherever there is a GPU."""
+"""Rules for all tests: one thread, no windows, and GPU tests wherever there is a GPU."""
 
 import os
 
@@ -7,7 +7,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")  # before anything imports matplotlib
 import pytest
 import torch
 
-torch.set_num_threads(2)  # the same summation order on every machine, and no oversubscription
+torch.set_num_threads(1)  # the same summation order on every machine; more only wait for each other in tests this small
 
 
 def pytest_collection_modifyitems(items):

@@ -11,12 +11,12 @@ PACKAGE = Path(__file__).parent.parent / "grsd_callbacks"
 
 LEVELS = {
     0: {"distributed", "guard", "json_lines"},
-    1: {"functional", "krylov", "losses", "probe"},
+    1: {"functional", "krylov", "layers", "losses", "optimizer", "probe"},
     2: {"kernel", "gram"},
     3: {"spectrum"},
     4: {"shells"},
-    5: {"flux", "exponents", "renormalizability"},
-    6: {"snapshot", "measure", "emission"},
+    5: {"density", "flux", "transfer", "comparison", "exponents", "renormalizability"},
+    6: {"snapshot", "measure", "emission", "trajectory", "run"},
     7: {"tags", "figures", "report"},
     8: {"sinks"},
     9: {"schedule", "monitor"},
@@ -24,7 +24,14 @@ LEVELS = {
     11: {"testing"},  # for our tests and our users'; no module may need it
 }
 LEVEL = {module: level for level, modules in LEVELS.items() for module in modules}
-SAME_LEVEL = {("kernel", "gram"), ("measure", "snapshot"), ("monitor", "schedule")}
+SAME_LEVEL = {  # functional enters the guard of level 0; these pairs stand on one level
+    ("kernel", "gram"),
+    ("comparison", "flux"),
+    ("run", "measure"),
+    ("run", "snapshot"),
+    ("run", "trajectory"),
+    ("monitor", "schedule"),
+}
 IMPORT_NOTHING_OF_OURS = {"exponents", "testing"}
 
 DOORS = {  # who may use it

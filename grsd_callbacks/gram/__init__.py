@@ -191,8 +191,7 @@ class _Computation:
         return torch.allclose(whole[half], part, rtol=100 * eps**0.5, atol=eps**0.5, equal_nan=True)
 
     def _check(self, whole: Record) -> tuple[Reference, dict[str, Any]]:
-        patches = self.memory_limit // (4 * whole.outputs.element_size())
-        return checked(whole, self.function, keep_graph=True, max_patches=patches)
+        return checked(whole, self.function, self.memory_limit // 2)
 
     # -- plan --------------------------------------------------------------------------------------------
 
@@ -220,7 +219,9 @@ class _Computation:
             for span in spans(parameter.shape[0], parameter[0].numel(), most):
                 terms.append(SharedTerm(pairs, name, n, width, parameter.shape, span))
         rest = [name for name in self.function.parameters if name not in uses and name not in whole.unused]
-        return terms + self._leaf_terms(rest, whole)
+        depth = {call: index for index, call in enumerate(whole.calls)}
+        terms.sort(key=lambda term: min(depth[call] for call in term.calls))
+        return self._leaf_terms(rest, whole) + terms
 
     def _factored(self, call: Any, name: str, uses: dict[str, Any], width: int, most: int) -> list[FactoredTerm]:
         n = self.n
@@ -238,13 +239,13 @@ class _Computation:
 
     def _most(self, whole: Record) -> int:
         """Numbers per row of J that terms may keep in one sweep."""
-        return max(1, self.memory_limit // (2 * whole.outputs.numel() * whole.outputs.element_size()))
+        return max(1, 5 * self.memory_limit // (8 * whole.outputs.numel() * whole.outputs.element_size()))
 
     # -- work --------------------------------------------------------------------------------------------
 
     def _assemble(self, terms: list[Term], whole: Record, reference: Reference) -> Gram:
         n, width = whole.outputs.shape
-        sweeper = Sweeper(self.function, self.inputs, whole, self.memory_limit // 4)
+        sweeper = Sweeper(self.function, self.inputs, whole, self.memory_limit // 8)
         groups = _packed(terms, self._most(whole))
         if not any(sweeper.keeps_whole(group) for group in groups):
             whole.release()

@@ -6,6 +6,7 @@ recorded; what is tied, reparametrised or used by hand then shows as a differenc
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
 from grsd_callbacks.functional import ModelFunction
 from grsd_callbacks.layers import Call, rule_of
+
+#: nodes that only change the shape of what passes, or repeat it
+_MOVES = ("UnsqueezeBackward0", "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "ExpandBackward0")
 
 Uses = dict[str, list[tuple[Call, str]]]
 
@@ -61,8 +65,10 @@ def record(function: ModelFunction, inputs: Any, n: int) -> Record:
     if not outputs.requires_grad:
         raise ValueError("outputs do not depend on the selected parameters (detached, or under no_grad?)")
     outputs = outputs.reshape(n, -1)
-    nodes, uses_in_graph = _walk(outputs)
-    calls = [call for call in calls if call.edge.node in nodes]
+    parents, uses_in_graph = _walk(outputs)
+    calls = [call for call in calls if call.edge.node in parents]
+    for call in calls:
+        _follow(call, parents, n)
     found: Uses = {}
     for call in calls:
         for role, name in call.names.items():
@@ -103,20 +109,47 @@ def _recorder(names: dict[int, str], calls: list[Call]) -> Any:
     return hook
 
 
-def _walk(outputs: Tensor) -> tuple[set[Node], Counter[int]]:
-    """All nodes of the graph, and for every leaf (by id) the number of edges into it."""
+def _walk(outputs: Tensor) -> tuple[dict[Node, list[Node]], Counter[int]]:
+    """All nodes of the graph with the nodes that use them, and for every leaf (by id) the number of edges into it."""
     assert outputs.grad_fn is not None
-    seen: set[Node] = {outputs.grad_fn}
+    parents: dict[Node, list[Node]] = {outputs.grad_fn: []}
     leaves: Counter[int] = Counter()
     stack = [outputs.grad_fn]
     while stack:
-        for node, _ in stack.pop().next_functions:
+        parent = stack.pop()
+        for node, _ in parent.next_functions:
             if node is None:
                 continue
             leaf = getattr(node, "variable", None)
             if leaf is not None:
                 leaves[id(leaf)] += 1
-            elif node not in seen:
-                seen.add(node)
+            if node not in parents:
+                parents[node] = []
                 stack.append(node)
-    return seen, leaves
+            parents[node].append(parent)
+    return parents, leaves
+
+
+def _follow(call: Call, parents: dict[Node, list[Node]], n: int) -> None:
+    """Follow an output that all samples share (positions of a transformer) to where it is added to each of them."""
+    assert call.edge is not None
+    node, shape, before = call.edge.node, tuple(call.shape), ()
+    while n > 1 and shape is not None and math.prod(shape) == call.numel:
+        if len(parents[node]) != 1 or not _only_moves(parents[node][0]):
+            return
+        node, before = parents[node][0], shape
+        shape = _shape(node)
+    if shape is not None and before and math.prod(shape) == n * call.numel:
+        call.spread(GradientEdge(node, 0), before, shape)
+
+
+def _only_moves(node: Node) -> bool:
+    """Whether a node passes gradients on unchanged, but for a change of shape."""
+    name = node.name()
+    return name in _MOVES or (name == "AddBackward0" and getattr(node, "_saved_alpha", None) == 1)
+
+
+def _shape(node: Node) -> tuple[int, ...] | None:
+    """Shape of the output that a node made."""
+    metadata = getattr(node, "_input_metadata", None)
+    return tuple(metadata[0].shape) if metadata else None

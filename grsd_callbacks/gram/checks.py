@@ -8,6 +8,7 @@ Both are linear in v, so a random v that passes proves them for every v, up to t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from grsd_callbacks.functional import ModelFunction
 from grsd_callbacks.gram.capture import Record, Uses
 from grsd_callbacks.layers import Call
+from grsd_callbacks.losses import wide_dtype
 
 #: allowed relative error of J_p^T v, and of v^T K v = |J^T v|^2, by dtype of the model
 RULE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
@@ -51,32 +53,41 @@ def random_like(x: Tensor, seed: int) -> Tensor:
     return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device, x.dtype)
 
 
-def checked(record: Record, function: ModelFunction, *, keep_graph: bool, max_patches: int) -> tuple[Reference, Uses]:
-    """J^T v, and the uses that pass both checks (layouts and active positions of their calls now settled)."""
-    n = record.outputs.shape[0]
+def checked(record: Record, function: ModelFunction, memory_limit: int) -> tuple[Reference, Uses]:
+    """J^T v, and the uses that pass both checks (layouts and active positions of their calls now settled).
+
+    Cost: one backward pass, and two more for every `memory_limit` bytes of gradients at the layers' outputs.
+    """
     v = random_like(record.outputs, 0)
     names = [name for name in function.parameters if name not in record.unused]
+    leaves = [function.parameters[name] for name in names]
+    pulled = torch.autograd.grad(record.outputs, leaves, v, retain_graph=True, allow_unused=True)
+    gradients = {name: _dense(g, p) for name, g, p in zip(names, pulled, leaves)}
+    norm_sq = sum(float(g.to(wide_dtype(g.device)).square().sum()) for g in gradients.values())
     calls = list({call: None for pairs in record.uses.values() for call, _ in pairs if call.unchanged})
-    pulled = torch.autograd.grad(
-        record.outputs,
-        [*(function.parameters[name] for name in names), *(call.edge for call in calls)],
-        v,
-        retain_graph=keep_graph or bool(calls),
-        allow_unused=True,
-    )
-    gradients = {name: _dense(g, function.parameters[name]) for name, g in zip(names, pulled)}
-    at_calls = {call: g for call, g in zip(calls, pulled[len(names) :]) if g is not None}
-    norm_sq = sum(float(g.to(_wide(g)).square().sum()) for g in gradients.values())
-    reference = Reference(v, gradients, norm_sq)
-    separate = _separate(record, v, at_calls, keep_graph)
-    right = {call: call.split(at_calls[call].unsqueeze(0), n) for call in separate}
-    uses = {}
-    for name, pairs in record.uses.items():
-        if all(call in right for call, _ in pairs) and _rule_holds(name, pairs, right, gradients, n, max_patches):
-            uses[name] = pairs
-    for call, g in right.items():
-        _find_active(call, g)
-    return reference, uses
+    itemsize = v.element_size()
+    shares: dict[tuple[Call, str], tuple[Tensor, float]] = {}
+    for group in _groups(calls, memory_limit // (2 * itemsize)):
+        for call, g in _separate(record, v, group):
+            for role, name in call.names.items():
+                shape = function.parameters[name].shape
+                shares[call, role] = _pulled(call, role, g, len(v), shape, memory_limit // (4 * itemsize))
+            _find_active(call, g)
+    uses = {name: pairs for name, pairs in record.uses.items() if _rule_holds(pairs, shares, gradients[name])}
+    return Reference(v, gradients, norm_sq), uses
+
+
+def _groups(calls: list[Call], most: int) -> list[list[Call]]:
+    """Consecutive calls, latest first, with at most `most` output values together."""
+    groups: list[list[Call]] = []
+    total = 0
+    for call in reversed(calls):
+        if not groups or total + call.numel > most:
+            groups.append([])
+            total = 0
+        groups[-1].append(call)
+        total += call.numel
+    return groups
 
 
 def _dense(g: Tensor | None, parameter: Tensor) -> Tensor:
@@ -85,48 +96,39 @@ def _dense(g: Tensor | None, parameter: Tensor) -> Tensor:
     return (g.to_dense() if g.layout != torch.strided else g).detach()
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.device.type == "mps" else torch.float64
+def _separate(record: Record, v: Tensor, calls: list[Call]) -> Iterator[tuple[Call, Tensor]]:
+    """Calls whose rows belong to single samples, with their gradients, split by sample.
 
-
-def _separate(record: Record, v: Tensor, at_calls: dict[Call, Tensor], keep_graph: bool) -> list[Call]:
-    """Calls whose rows belong to single samples: weighting the samples of v weights their rows, and no others."""
-    if not at_calls:
-        return []
+    Weighting the samples of v must weight their rows, and no others; this also finds the layout.
+    """
     n = len(v)
     w = 1.5 + 0.5 * torch.tanh(random_like(v[:, 0], 1))
-    weighted = torch.autograd.grad(
-        record.outputs, [call.edge for call in at_calls], w[:, None] * v, retain_graph=keep_graph
+    plain, weighted = (
+        torch.autograd.grad(record.outputs, [c.edge for c in calls], x, retain_graph=True, allow_unused=True)
+        for x in (v, w[:, None] * v)
     )
-    found = []
-    for (call, g), other in zip(at_calls.items(), weighted):
+    for call, g, other in zip(calls, plain, weighted):
+        if g is None or other is None:
+            continue
         for layout in call.layouts(n):
             call.settle(layout)
-            expected = call.split(g.unsqueeze(0), n)
-            expected = expected * w.view(-1, *[1] * (expected.dim() - 1))
-            error = (call.split(other.unsqueeze(0), n) - expected).norm()
+            found = call.split(g.unsqueeze(0), n)
+            expected = found * w.view(-1, *[1] * (found.dim() - 1))
+            error = call.split(other.unsqueeze(0), n).sub(expected).norm()
             if error <= RULE_TOLERANCE[v.dtype] * expected.norm():
-                found.append(call)
+                yield call, found
                 break
-    return found
 
 
 def _rule_holds(
-    name: str,
-    pairs: list[tuple[Call, str]],
-    right: dict[Call, Tensor],
-    gradients: dict[str, Tensor],
-    n: int,
-    max_patches: int,
+    pairs: list[tuple[Call, str]], shares: dict[tuple[Call, str], tuple[Tensor, float]], exact: Tensor
 ) -> bool:
     """|structured - autograd| <= tolerance |autograd| + rounding of the sum's terms."""
-    exact = gradients[name]
-    total, size = torch.zeros_like(exact), 0.0
-    for call, role in pairs:
-        part, part_size = _pulled(call, role, right[call], n, exact.shape, max_patches)
-        total, size = total + part, size + part_size
-    eps = torch.finfo(exact.dtype).eps
-    allowed = RULE_TOLERANCE[exact.dtype] * float(exact.norm()) + _ROUNDING * eps * size
+    if not all(pair in shares for pair in pairs):
+        return False
+    total = sum((shares[pair][0] for pair in pairs), start=torch.zeros_like(exact))
+    size = sum(shares[pair][1] for pair in pairs)
+    allowed = RULE_TOLERANCE[exact.dtype] * float(exact.norm()) + _ROUNDING * torch.finfo(exact.dtype).eps * size
     return float((total - exact).norm()) <= allowed
 
 

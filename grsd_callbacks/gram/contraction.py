@@ -120,9 +120,9 @@ class Accumulator:
         return K
 
     def _pair_block(self, T: int, q: int) -> int:
-        """Samples whose pairwise intermediate, twice, stays in the bound."""
+        """Samples whose pairwise intermediate, twice, stays in the bound; blocks enough to use the symmetry."""
         bytes_per_pair = 2 * 8 * T * (self.width * q + T)
-        return max(1, min(self.n, int((self.memory_limit / bytes_per_pair) ** 0.5)))
+        return max(1, min(-(-self.n // 4), int((self.memory_limit / bytes_per_pair) ** 0.5)))
 
     def _gram(self, left: Tensor) -> Tensor:
         total: Tensor | None = None

@@ -17,6 +17,8 @@ from grsd_callbacks.probe import take
 #: numbers at the layers' outputs, all samples, below which one backward pass over copies of the samples beats C passes
 OVERHEAD_BOUND = {"cpu": 2**16}
 _OVERHEAD_BOUND_ELSEWHERE = 2**22
+#: columns held at a time, at least: fewer would repeat the forward's patches too often
+_FEWEST_COLUMNS = 4
 
 
 class Irregular(RuntimeError):
@@ -63,7 +65,7 @@ class Sweeper:
         index = torch.arange(self.n, device=self.device).repeat_interleave(self.width)
         copies = record(self.function, take(self.inputs, index, self.n), len(index))
         targets = torch.eye(self.width, dtype=copies.outputs.dtype, device=self.device).repeat(self.n, 1)
-        g = _pull(copies, calls, self._match(copies), [], targets, retain=False)[0]
+        g = _pull(copies, calls, self._match(copies), [], targets, retain=False)
         split = {call: call.split(x.unsqueeze(0), len(index)) for call, x in zip(calls, g)}
         return {call: x.view(self.n, self.width, *x.shape[2:]) for call, x in split.items()}
 
@@ -91,24 +93,29 @@ class Sweeper:
 
     def _chunks(self, numel: int, leaves: list[str]) -> tuple[int, int]:
         """Samples per forward and columns held at a time; parameters' own gradients need samples alone."""
-        per_row = 2 * self.itemsize * (numel + sum(self.function.parameters[name].numel() for name in leaves))
+        per_row = self.itemsize * (numel + sum(self.function.parameters[name].numel() for name in leaves))
         rows = max(1, self.memory_limit // max(per_row, 1))
-        chunk = 1 if leaves else max(1, min(self.n, rows // self.width))
+        chunk = 1 if leaves else max(1, min(self.n, rows // min(self.width, _FEWEST_COLUMNS)))
         return chunk, max(1, min(self.width, rows // chunk))
 
     def _gradients(
         self, graph: Record, match: dict[Call, Call], calls: list[Call], leaves: list[str], columns: slice
     ) -> tuple[dict[Call, Tensor], dict[str, Tensor]]:
-        n = len(graph.outputs)
+        n, k = len(graph.outputs), columns.stop - columns.start
         parameters = [self.function.parameters[name] for name in leaves]
-        rows = []
-        for c in range(columns.start, columns.stop):
-            v = torch.zeros_like(graph.outputs)
-            v[:, c] = 1
-            rows.append(_pull(graph, calls, match, parameters, v, retain=True))
-        at_calls = {call: call.split(torch.stack([r[0][k] for r in rows]), n) for k, call in enumerate(calls)}
-        at_leaves = {name: torch.stack([r[1][k] for r in rows]).unsqueeze(0) for k, name in enumerate(leaves)}
-        return at_calls, at_leaves
+        at_calls = [graph.outputs.new_empty(k, *match[call].shape) for call in calls]
+        at_leaves = [p.new_empty(k, p.numel()) for p in parameters]
+        v = torch.zeros_like(graph.outputs)
+        for row in range(k):
+            v[:, columns.start + row] = 1
+            pulled = _pull(graph, calls, match, parameters, v, retain=True)
+            for target, g in zip([*at_calls, *at_leaves], pulled):
+                target[row] = g
+            v[:, columns.start + row] = 0  # only now: the last layer's gradient is v itself
+        return (
+            {call: call.split(g, n) for call, g in zip(calls, at_calls)},
+            {name: g.unsqueeze(0) for name, g in zip(leaves, at_leaves)},
+        )
 
     def _match(self, graph: Record) -> dict[Call, Call]:
         """The calls of another forward that correspond to those of the whole batch."""
@@ -131,7 +138,7 @@ def _keyed(calls: list[Call]) -> dict[tuple[int, int], Call]:
 
 def _pull(
     graph: Record, calls: list[Call], match: dict[Call, Call], parameters: list[Tensor], v: Tensor, *, retain: bool
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> list[Tensor]:
     """v pulled back to the layers' outputs and to parameters (flat); what is not reached is zero."""
     here = [match[call] for call in calls]
     pulled = torch.autograd.grad(
@@ -142,4 +149,4 @@ def _pull(
         (torch.zeros_like(p) if g is None else g.to_dense() if g.layout != torch.strided else g).reshape(-1)
         for g, p in zip(pulled[len(here) :], parameters)
     ]
-    return at_calls, at_leaves
+    return at_calls + at_leaves
