@@ -52,7 +52,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         num_probe: samples on the probe; None: so many that samples x outputs is about 320 (CPU) or 2,048 (GPU).
         every_n_steps: optimizer steps between measurements; None is the default schedule.
         max_overhead: largest share of the training time for the default schedule; None: no limit.
-        method: "auto" (exact while samples x outputs is small), "exact", or "krylov".
+        method: "auto" (exact while samples x outputs is small), "exact", "krylov" or "randomized".
         num_matvecs: kernel products for energies where not exact.
         shells_per_decade: shells a decade of eigenvalues.
         per_decade: measurements a decade of steps before thinning.
@@ -163,7 +163,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
             return
         self._resolved = resolve_loss(auto_loss(pl_module) if self._loss == "auto" else self._loss, self._nu)
         self._sinks = [LoggerSink(logger) for logger in trainer.loggers]
-        self._sinks += json_lines_sink(self._json_lines, folder, trainer)
+        self._sinks += json_lines_sink(self._json_lines, folder, trainer, self.name)
         if any(isinstance(p, UninitializedParameter) for p in pl_module.parameters()):
             return
         select_parameters(pl_module, self._settings["params"])
@@ -348,7 +348,7 @@ def _options(loss: Any) -> tuple[Any, ...]:
     return (type(loss), *options, None if weight is None else tuple(weight.tolist()))
 
 
-def json_lines_sink(where: str | None, folder: str | None, trainer: Any) -> list[Sink]:
+def json_lines_sink(where: str | None, folder: str | None, trainer: Any, name: str = "") -> list[Sink]:
     """The sink of JSON lines in the run's log folder, if there is a local one."""
     if where is None:
         return []
@@ -357,7 +357,7 @@ def json_lines_sink(where: str | None, folder: str | None, trainer: Any) -> list
     if not trainer.loggers or getattr(trainer, "fast_dev_run", False) or folder is None or "://" in str(folder):
         return []
     Path(folder).mkdir(parents=True, exist_ok=True)
-    return [JSONLinesSink(Path(folder) / JSON_LINES)]
+    return [JSONLinesSink(Path(folder) / (f"grsd_{name}.jsonl" if name else JSON_LINES))]
 
 
 def _total_steps(trainer: Any) -> int | None:

@@ -18,7 +18,8 @@ from grsd_callbacks.gram import exact_gram
 from grsd_callbacks.kernel import NTKOperator, synchronise
 from grsd_callbacks.losses import Loss, Residual, check_pair, wide_dtype, widened
 from grsd_callbacks.probe import Probe
-from grsd_callbacks.shells import ShellBudget, ShellGrid, shell_budget
+from grsd_callbacks.randomized import randomized_eigenpairs
+from grsd_callbacks.shells import ShellBudget, ShellGrid, shell_budget, top_budget
 from grsd_callbacks.spectrum import (
     RELATIVE_FLOOR,
     Eigendecomposition,
@@ -27,7 +28,7 @@ from grsd_callbacks.spectrum import (
     spectral_measure,
 )
 
-METHODS = ("auto", "exact", "krylov")
+METHODS = ("auto", "exact", "krylov", "randomized")
 #: largest m = n C for which "auto" takes the exact kernel, by device type
 MAX_EXACT = {"cpu": 1024, "cuda": 4096}
 #: decades of headroom above lambda_max of the first measurement, and the deepest grid
@@ -43,8 +44,9 @@ class Settings:
     """How to measure.
 
     Attributes:
-        method: "auto", "exact" or "krylov".
-        num_matvecs: kernel products for the residual's spectral measure (krylov).
+        method: "auto", "exact", "krylov", or "randomized" (top of the spectrum only).
+        num_matvecs: kernel products for the residual's spectral measure (krylov) or the range finder (randomized,
+            half as many vectors).
         num_density_matvecs: kernel products for eigenvalue counts (krylov), 0 for none.
         shells_per_decade: shells a decade of eigenvalues.
         params, outputs, dtype: see `NTKOperator`.
@@ -80,7 +82,7 @@ class Instant:
     """What one measurement found, before it is set against the run's history.
 
     Attributes:
-        method: "exact" or "krylov".
+        method: "exact", "krylov" or "randomized".
         loss, grad_norm_sq, nu: scalars.
         state: basis, eigenvalues and residual, kept for transport.
         budget: shell contents.
@@ -139,19 +141,25 @@ def measure_with_operator(
     grid: ShellGrid | None = None,
     *,
     forward: str = "auto",
+    start: Tensor | None = None,
 ) -> tuple[Instant, NTKOperator]:
-    """As `measure`, and the operator at the measured parameters (`forward`: its known path for J w)."""
-    start = time.perf_counter()
+    """As `measure`, and the operator at the measured parameters.
+
+    `forward` is the operator's known path for J w; `start` are vectors (m, j) that warm-start the randomized method.
+    """
+    began = time.perf_counter()
     op = NTKOperator(
         model, probe.inputs, params=settings.params, outputs=settings.outputs, dtype=settings.dtype, forward=forward
     )
-    instant = op.run(lambda: _measured(op, probe, loss, settings, grid))
+    instant = op.run(lambda: _measured(op, probe, loss, settings, grid, start))
     synchronise(op.device)
-    instant.cost.update(seconds=time.perf_counter() - start, products=op.num_products)
+    instant.cost.update(seconds=time.perf_counter() - began, products=op.num_products)
     return instant, op
 
 
-def _measured(op: NTKOperator, probe: Probe, loss: Loss, settings: Settings, grid: ShellGrid | None) -> Instant:
+def _measured(
+    op: NTKOperator, probe: Probe, loss: Loss, settings: Settings, grid: ShellGrid | None, start: Tensor | None
+) -> Instant:
     _require_finite(op)
     outputs = op.outputs
     check_pair(loss, outputs, probe.targets)
@@ -160,7 +168,10 @@ def _measured(op: NTKOperator, probe: Probe, loss: Loss, settings: Settings, gri
         raise BadState("the outputs or the loss on the probe are NaN or Inf")
     grad_norm_sq = _squared_gradient(op, probe, loss)
     method = choose_method(settings.method, op)
-    found = (_exact if method == "exact" else _krylov)(op, r, settings, grid)
+    if method == "randomized":
+        found = _randomized(op, r, settings, grid, start)
+    else:
+        found = (_exact if method == "exact" else _krylov)(op, r, settings, grid)
     health = {"gradient_free_parameters": float(found.pop("num_unused", 0))}
     instant = Instant(
         method=method,
@@ -255,6 +266,35 @@ def _krylov(op: NTKOperator, r: Residual, settings: Settings, grid: ShellGrid | 
     }
 
 
+def _randomized(
+    op: NTKOperator, r: Residual, settings: Settings, grid: ShellGrid | None, start: Tensor | None
+) -> dict[str, Any]:
+    """The top of the spectrum; what lies below the last converged Ritz value is not resolved."""
+    rank = max(1, min(settings.num_matvecs // 2, op.shape[0]))
+    generator = torch.Generator().manual_seed(settings.seed)
+    pairs = randomized_eigenpairs(op, rank, nu=r.nu, start=start, generator=generator)
+    pulled = op.vjp(r.residual)
+    dissipation = r.nu * float((pulled.to(r.residual) ** 2).sum())
+    second = r.nu**2 * float((op.jvp(pulled).to(r.residual) ** 2).sum())
+    largest = float(pairs.values[-1])
+    converged = pairs.values[pairs.converged()]
+    floor = float(converged[0]) if converged.numel() else largest
+    if grid is None:
+        grid = default_grid(largest, floor, RELATIVE_FLOOR.get(op.dtype, 1e-12) * largest, settings.shells_per_decade)
+    state = KernelState(pairs.values, pairs.vectors, r.residual)
+    g2 = (state.vectors.T @ r.residual.to(state.vectors)) ** 2
+    size = float(r.residual @ r.residual)
+    scales = _scales(largest, math.nan, math.nan, dissipation, second)
+    return {
+        "state": state,
+        "budget": top_budget(pairs.values, g2, size, dissipation, floor, grid),
+        "eigenvalues": pairs.values.flip(0).to("cpu", torch.float64),
+        "weights": g2.flip(0).to("cpu", torch.float64),
+        "summary": {**scales, "residual_norm_sq": size, "floor": floor},
+        "paths": {"products": op.forward_path, **{f"refused {k}": v for k, v in op.refused.items()}},
+    }
+
+
 def _krylov_scales(measured: SpectralMeasure, largest: float) -> dict[str, float]:
     """Scales from the coefficients: `r^T M^2 r / r^T M r = alpha_1^2 + beta_2^2` exactly."""
     b = measured.bidiagonal
@@ -269,7 +309,7 @@ def _scales(largest: float, trace: float, squares: float, first: float, second: 
     return {
         "lambda_max": largest,
         "trace": trace,
-        "trace_error": 0.0,
+        "trace_error": 0.0 * trace,
         "effective_rank": trace**2 / squares if squares > 0 else math.nan,
         "mean_eigenvalue": second / first if first > 0 else math.nan,
     }

@@ -269,7 +269,13 @@ class ShellMonitor:
     def _take(self, step: int) -> Snapshot:
         self._check_identity()
         instant, op = measure_with_operator(
-            self.model, self.probe, self.loss, self.settings, self.run.grid, forward=self._forward
+            self.model,
+            self.probe,
+            self.loss,
+            self.settings,
+            self.run.grid,
+            forward=self._forward,
+            start=self.run.last_vectors,
         )
         instant.cost["overhead_percent"] = 100 * self.overhead
         instant.health["failed"] = float(self.num_failed)

@@ -22,11 +22,11 @@ EXPONENT_NAMES = {
 def start_report(op: NTKOperator, loss: Loss, settings: Settings, schedule: str) -> str:
     """What is measured on what, by which way, and when."""
     method = choose_method(settings.method, op)
-    how = (
-        "exact kernel and eigendecomposition"
-        if method == "exact"
-        else f"{settings.num_matvecs} + {settings.num_density_matvecs} kernel products (energies + counts)"
-    )
+    how = {
+        "exact": "exact kernel and eigendecomposition",
+        "krylov": f"{settings.num_matvecs} + {settings.num_density_matvecs} kernel products (energies + counts)",
+        "randomized": f"range finder with {settings.num_matvecs} kernel products, top of the spectrum only",
+    }[method]
     meaning = {
         "squared": "shell energies sum to the loss",
         "cross_entropy": "shell energies sum to half the Brier score, dissipation to |grad L|^2",

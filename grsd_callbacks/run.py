@@ -65,6 +65,11 @@ class Run:
         self._previous = None
         self._break = reason
 
+    @property
+    def last_vectors(self) -> Tensor | None:
+        """Basis of the last measurement, which warm-starts the randomized method."""
+        return None if self._previous is None else self._previous[1].vectors
+
     # -- one measurement ---------------------------------------------------------------------------------
 
     def add(self, step: int, instant: Instant, energy_is_loss: bool) -> Snapshot:

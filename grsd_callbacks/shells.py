@@ -201,6 +201,35 @@ def _bounded_budget(measure: SpectralMeasure, grid: ShellGrid) -> ShellBudget:
     )
 
 
+def top_budget(
+    values: Tensor, g2: Tensor, size: float, dissipation: float, floor: float, grid: ShellGrid
+) -> ShellBudget:
+    """Shells from the top of the spectrum only; the rest of both totals is put in the underflow shell.
+
+    Args:
+        values: Ritz values, shape (k,).   g2: squared coefficients of the residual in the Ritz vectors.
+        size: |r|^2.   dissipation: r^T M r.
+        floor: smallest converged Ritz value; shells that begin at or above it are resolved.
+        grid: the shells.
+
+    Energy bounds: a shell may hold its Ritz pairs' share up to that plus all that is left over (none is left over in
+    resolved shells); counts are lower bounds there and unknown elsewhere.
+    """
+    energy, dissipated = grid.collect(values, 0.5 * g2), grid.collect(values, values * g2)
+    counts = grid.collect(values, torch.ones_like(values))
+    rest, rest_dissipation = max(0.5 * size - float(energy.sum()), 0.0), max(dissipation - float(dissipated.sum()), 0.0)
+    resolved = torch.cat([torch.zeros(1, dtype=torch.float64), grid.edges]) >= floor
+    open_ = (~resolved).to(torch.float64)
+    energy_bounds = torch.stack([energy, energy + open_ * rest])
+    dissipation_bounds = torch.stack([dissipated, dissipated + open_ * rest_dissipation])
+    energy[0] += rest
+    dissipated[0] += rest_dissipation
+    counts = torch.where(resolved, counts, math.nan)
+    return ShellBudget(
+        grid, energy, dissipated, counts, energy_bounds, dissipation_bounds, torch.stack([counts, counts]), resolved
+    )
+
+
 def _shells_from(total: float, bounds: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Shell contents (differences of cumulative midpoints) and their bounds from cumulative bounds at edges."""
     zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)

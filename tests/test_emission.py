@@ -73,7 +73,7 @@ def full_batch(folder, callbacks, *, max_epochs=4, **options):
 
 
 def callback(**options):
-    return ShellDynamicsCallback(num_probe=NUM, **{"every_n_steps": 2, **options})
+    return ShellDynamicsCallback(**{"num_probe": NUM, "every_n_steps": 2, **options})
 
 
 def events(trainer):
@@ -198,6 +198,7 @@ def test_axis_of_manual_optimization_counts_batches_as_their_curves_do(tmp_path)
     assert sorted(curve(events(trainer), "grsd_loss/probe")) == [0, 3, 6, 8]
 
 
+@pytest.mark.filterwarnings("ignore:The number of training batches .1. is smaller than the logging interval")
 def test_log_every_n_steps_drops_none_of_ours(tmp_path):
     ours = callback()
     trainer = full_batch(tmp_path, [ours], logger=TensorBoardLogger(tmp_path), log_every_n_steps=3)
@@ -252,6 +253,8 @@ def test_two_callbacks_side_by_side(tmp_path):
     assert sorted(curve(read, "grsd_loss/probe")) == ALL and sorted(curve(read, "grsd_deep_loss/probe")) == [0, 4]
     assert {t for t in read.Tags()["scalars"] if t.startswith("grsd_") and "_deep_" not in t} == set(GOLDEN)
     assert {t for t in read.Tags()["tensors"] if "deep" in t} == {f"grsd_deep_run/{t[9:]}/text_summary" for t in TEXTS}
+    for name, steps in (("grsd.jsonl", ALL), ("grsd_deep.jsonl", [0, 4])):
+        assert sorted({line["step"] for line in read_json_lines(f"{trainer.log_dir}/{name}")}) == steps
     path = tmp_path / "last.ckpt"
     trainer.save_checkpoint(path)
     states = torch.load(path, weights_only=True)["callbacks"]

@@ -68,6 +68,7 @@ def loss(axes: Axes, run: Run, fit: PowerLawFit | None = None) -> None:
     t, L, squared = (np.array([getattr(s, name) for s in run.history]) for name in names)
     later = t > 0
     if not later.any():
+        axes.set(xticks=[], yticks=[])
         drawing.note(axes, f"no flow time has passed yet: the loss is {L[-1]:.4g}")
         return
     twin = axes.twinx()

@@ -37,7 +37,7 @@ def label(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
     axes.set_title(title, fontsize=LARGE, loc="left")
     axes.set_xlabel(xlabel, fontsize=MEDIUM)
     axes.set_ylabel(ylabel, fontsize=MEDIUM)
-    axes.tick_params(labelsize=SMALL)
+    axes.tick_params(labelsize=SMALL, which="both")
     axes.set_facecolor("white")
 
 
@@ -60,8 +60,7 @@ def map_axes(axes: Axes, run: Run, title: str) -> None:
     from matplotlib.ticker import NullLocator
 
     label(axes, title, TIME[run.time], LAMBDA)
-    if run.is_log:
-        _log_time(axes, run)
+    _time_ticks(axes, run)
     cells, heights = run.cells(), shell_limits(run.edges)
     axes.set_xlim(cells[0], cells[-1])
     axes.set_yscale("log")
@@ -73,9 +72,15 @@ def map_axes(axes: Axes, run: Run, title: str) -> None:
         _mark_underflow(axes, heights)
 
 
-def _log_time(axes: Axes, run: Run) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+def _time_ticks(axes: Axes, run: Run) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+    if len(run.x) <= 3:
+        axes.xaxis.set_major_locator(FixedLocator(run.x.tolist()))
+    elif not run.is_log:
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=run.time == "step"))
+    if len(run.x) <= 3 or not run.is_log:
+        return
     axes.set_xscale("symlog", linthresh=run.first)
     powers = 10.0 ** np.arange(np.ceil(np.log10(run.first) - 1e-9), np.floor(np.log10(run.x[-1]) + 1e-9) + 1)
     axes.xaxis.set_major_locator(FixedLocator(([0.0] if run.x[0] <= 0 else []) + powers.tolist()))

@@ -71,7 +71,7 @@ def effective_lr(axes: Axes, run: Run) -> None:
     text = r"$W_a\,/\,(\mathrm{lr}\ D_a)$   (1: full-batch descent)"
     drawing.colour_bar(axes, mesh, text, ticks=ticks, format="%g", extend="both")
     drawing.hatch(axes, cells, heights, rate <= 0, "xxx", "negative: loss raised")
-    if np.isnan(rate[run.shown]).any():
+    if np.isnan(rate).any():
         drawing.missing(axes, "no number")
     drawing.legend(axes, loc="upper right", ncols=2)
 
@@ -83,7 +83,7 @@ def transfer(axes: Axes, T: np.ndarray, edges: np.ndarray) -> None:
     limits, (norm, ticks) = drawing.shell_limits(edges), drawing.around_zero(T)
     drawing.label(
         axes,
-        r"Transfer: receiver gains from giver (red)",
+        "Transfer between shells: red where the receiver gains",
         r"$\lambda$ of the giver, shell $b$  (1 / flow time)",
         r"$\lambda$ of the receiver, shell $a$  (1 / flow time)",
     )
@@ -120,10 +120,11 @@ def _lines(axes: Axes, run: Run) -> None:
 
     largest, median = run.summary("lambda_max"), frontier(run.edges, run.stack("frozen_energy").T)
     if np.isfinite(largest).any():
-        style: dict[str, Any] = {"color": drawing.BLACK, "linewidth": 1.3, "linestyle": "--"}
+        style: dict[str, Any] = {"color": drawing.BLACK, "linewidth": 1.3, "linestyle": "--", "markersize": 14}
+        style["marker"] = "_" if len(run.x) == 1 else ""
         outline = [withStroke(linewidth=3.5, foreground="white")]
         axes.plot(run.x, largest, **style, path_effects=outline, label=r"$\lambda_{\max}$")
     if np.isfinite(median).any():
         style = {"color": "white", "linewidth": 2, "marker": "o", "markersize": 2.5}
         outline = [withStroke(linewidth=4, foreground=drawing.BLACK)]
-        axes.plot(run.x, median, **style, path_effects=outline, label="frontier (energy median)")
+        axes.plot(run.x, median, **style, path_effects=outline, label="frontier (median)")
