@@ -302,9 +302,11 @@ class ShellMonitor:
 
     def _write(self, snapshot: Snapshot) -> None:
         emission = tags.emission(snapshot)
-        texts = {tags.MEANING: tags.meaning_card(), tags.REPORT: self.report} if len(self.history) == 1 else {}
         scalars = {**emission.scalars, tags.FAILED: float(self.num_failed)}
-        self._emit(replace(emission, texts=texts, scalars=scalars))
+        if len(self.history) == 1:
+            texts = {tags.MEANING: tags.meaning_card(), tags.REPORT: tags.preformatted(self.report)}
+            emission = replace(emission, texts=texts, layout=tags.layout(self.prefix))
+        self._emit(replace(emission, scalars=scalars))
 
     def _emit(self, emission: Emission) -> None:
         self.sinks.write(emission if self.prefix == "grsd_" else tags.renamed(emission, self.prefix))
@@ -312,7 +314,7 @@ class ShellMonitor:
     def _write_summary(self) -> None:
         table = summary_table(self.history, self.final_exponents())
         last = self.history[-1]
-        self._emit(Emission(step=last.step, texts={tags.SUMMARY: f"```\n{table}\n```"}))
+        self._emit(Emission(step=last.step, texts={tags.SUMMARY: tags.preformatted(table)}))
         self.sinks.flush()
 
     def final_exponents(self) -> dict[str, PowerLawFit]:

@@ -247,6 +247,35 @@ def meaning_card() -> str:
     return "\n".join(lines)
 
 
+def preformatted(text: str) -> str:
+    """Plain text as Markdown that keeps its lines."""
+    return f"```\n{text}\n```"
+
+
+def layout(prefix: str = "grsd_") -> dict[str, Any]:
+    """TensorBoard custom-scalars layout: each exponent with its interval as a band, loss and scales as lines."""
+
+    def named(*tags: str) -> list[str]:
+        return [prefix + tag.removeprefix("grsd_") for tag in tags]
+
+    bands = {
+        f"{name}: {meaning}": [
+            "Margin",
+            named(f"grsd_exponents/{name}", f"grsd_bands/{name}_lower", f"grsd_bands/{name}_upper"),
+        ]
+        for name, meaning in _EXPONENTS.items()
+    }
+    shells = f"{prefix}{SHELL_ENERGY.removeprefix('grsd_')}/s.*"
+    return {
+        f"{prefix.rstrip('_')} exponents (95 %)": bands,
+        f"{prefix.rstrip('_')} shells": {
+            "loss on the probe": ["Multiline", named("grsd_loss/probe")],
+            "shell energies": ["Multiline", [shells]],
+            "scales of learning": ["Multiline", named("grsd_spectrum/lambda_max", "grsd_spectrum/mean_eigenvalue")],
+        },
+    }
+
+
 MEANING, REPORT, SUMMARY = "grsd_run/meaning", "grsd_run/report", "grsd_run/summary"
 
 

@@ -1,0 +1,222 @@
+"""When to measure: fixed intervals under any axis, and the one decision of the log schedule, with synthetic clocks."""
+
+import math
+
+import pytest
+
+from grsd_callbacks.schedule import DECIDE_AT, FixedSchedule, LogSchedule, log_points, thinned
+
+
+def due_steps(schedule, steps):
+    return [step for step in steps if schedule.due(step)]
+
+
+def simulate(schedule, num_steps, *, per_step=1e-3, cost=1e-2, cold=0.0, first=0):
+    """(measured steps, seconds measuring, seconds training) of a loop with constant costs, on a synthetic clock."""
+    measured, measuring, training = [], 0.0, 0.0
+    for step in range(first, num_steps):
+        schedule.observe(step, measuring, measuring + training)
+        if schedule.due(step):
+            measuring += cost + (cold if not measured else 0.0)
+            measured.append(step)
+        training += per_step
+    return measured, measuring, training
+
+
+# ---- fixed ----
+
+
+def test_fixed_measures_every_multiple():
+    assert due_steps(FixedSchedule(5), range(21)) == [0, 5, 10, 15, 20]
+
+
+@pytest.mark.parametrize(
+    ("every", "steps", "expected"),
+    [
+        (4, range(0, 30, 3), [0, 6, 9, 12, 18, 21, 24]),  # each first step at or after a multiple of 4
+        (10, range(0, 40, 2), [0, 10, 20, 30]),  # two optimizers: the axis advances by two
+        (2, [0, 7, 8, 9, 10], [0, 7, 8, 10]),  # several multiples crossed at once count once
+        (3, [4, 5, 6, 7], [4, 6]),  # starts in the middle
+        (3, [0, 0, 0, 1, 2, 3, 3], [0, 3]),  # micro-batches repeat a step
+        (1, [0, 0, 1, 1, 2], [0, 1, 2]),
+    ],
+)
+def test_fixed_measures_each_crossing_once(every, steps, expected):
+    assert due_steps(FixedSchedule(every), steps) == expected
+
+
+@pytest.mark.parametrize("every", [0, -3, 2.0, True, "10", None])
+def test_fixed_refuses(every):
+    with pytest.raises(ValueError, match="every_n_steps must be a positive integer"):
+        FixedSchedule(every)
+
+
+def test_fixed_state_round_trip():
+    one = FixedSchedule(4)
+    assert due_steps(one, range(6)) == [0, 4]
+    other = FixedSchedule(4)
+    other.load_state_dict(one.state_dict())
+    assert due_steps(other, range(6, 13)) == due_steps(one, range(6, 13)) == [8, 12]
+
+
+def test_fixed_keeps_its_own_interval_on_a_state_of_another():
+    other = FixedSchedule(3)
+    other.load_state_dict({"kind": "fixed", "every_n_steps": 4, "last": 4})
+    assert due_steps(other, range(5, 10)) == [6, 9]
+    other.load_state_dict({"kind": "log"})
+    assert due_steps(other, [10, 12]) == [12]
+
+
+# ---- log-spaced ----
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "per_decade", "expected"),
+    [
+        (1, 1000, 1, [1, 10, 100, 1000]),
+        (6, 100, 2, [10, 32, 100]),
+        (1, 12, 10, [1, 2, 3, 4, 5, 6, 8, 10]),  # 10^(k/10) rounded, without repetition
+        (5, 4, 10, []),
+    ],
+)
+def test_log_points(first, last, per_decade, expected):
+    found = log_points(first, last, per_decade)
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("points", "room", "expected"),
+    [
+        ([1, 2, 3, 4, 5, 6], 3, [2, 4, 6]),
+        ([1, 2, 3], 5, [1, 2, 3]),
+        ([1, 2, 3], 1, [3]),
+        ([1, 2, 3], 0, []),
+        ([1, 2, 3], -1, []),
+        ([], 3, []),
+    ],
+)
+def test_thinned_keeps_the_last_and_an_even_spread(points, room, expected):
+    assert thinned(points, room) == expected
+
+
+@pytest.mark.parametrize("room", range(1, 31))
+def test_thinned_is_distinct_and_of_the_right_number(room):
+    points = list(range(30))
+    found = thinned(points, room)
+    assert len(set(found)) == len(found) == room and found[-1] == 29
+    assert max(b - a for a, b in zip([-1, *found], found)) <= math.ceil(30 / room)
+
+
+def test_first_two_steps_are_measured_and_the_next_only_timed():
+    schedule = LogSchedule(max_overhead=1.0, total_steps=10_000)
+    assert simulate(schedule, DECIDE_AT)[0] == [0, 1]
+
+
+@pytest.mark.parametrize("num_steps", [1_000, 10_000, 100_000])
+@pytest.mark.parametrize("max_overhead", [0.02, 0.1])
+@pytest.mark.parametrize("cost", [2e-3, 2e-2, 0.1])
+def test_measuring_stays_within_its_share(num_steps, max_overhead, cost):
+    """Whatever is affordable is spent, up to one measurement and the one kept for the end of the run."""
+    schedule = LogSchedule(max_overhead=max_overhead, total_steps=num_steps)
+    measured, measuring, training = simulate(schedule, num_steps, cost=cost)
+    budget = max_overhead * training
+    candidates = 2 + len(log_points(DECIDE_AT, num_steps - 1, 10))
+    if len(measured) > 2:  # the first two are always made
+        assert measuring + cost <= budget * (1 + 1e-6)
+    assert len(measured) >= min(math.floor(budget / cost) - 1, candidates)
+
+
+def test_all_candidates_if_affordable():
+    schedule = LogSchedule(per_decade=10, max_overhead=0.02, total_steps=10_000)
+    measured = simulate(schedule, 10_001, cost=1e-5)[0]
+    assert measured == [0, 1, *log_points(DECIDE_AT, 10_000, 10)]
+
+
+def test_nothing_more_if_not_affordable():
+    schedule = LogSchedule(max_overhead=0.02, total_steps=1_000)
+    assert simulate(schedule, 1_000, cost=10.0)[0] == [0, 1]
+    assert schedule.points == [] and "0 of" in schedule.describe()
+
+
+def test_a_cold_first_measurement_is_no_measure_of_the_next():
+    """The cost of one is what the second, warm one took; the cold one only counts as spent."""
+    cold = LogSchedule(max_overhead=0.1, total_steps=10_000)
+    measured = simulate(cold, 10_000, cost=1e-2, cold=0.1)[0]
+    assert len(measured) == pytest.approx(0.1 * 10_000 * 1e-3 / 1e-2 - 0.1 / 1e-2, abs=2) or len(measured) > 25
+    assert "one measurement 10 ms" in cold.describe()
+
+
+def test_unknown_length_starts_where_the_share_allows_its_density():
+    schedule = LogSchedule(per_decade=10, max_overhead=0.02, total_steps=None)
+    measured, measuring, training = simulate(schedule, 200_000, cost=1e-2)
+    first = 10 * 1e-2 / (0.02 * 1e-3 * math.log(10))
+    assert measured[:2] == [0, 1] and measured[2] == pytest.approx(first, rel=0.3)
+    assert measuring <= 0.02 * training + 2 * 1e-2  # the two of the start come on top
+    ratios = [b / a for a, b in zip(measured[2:], measured[3:])]
+    assert ratios == pytest.approx([10**0.1] * len(ratios), rel=0.01)
+
+
+def test_no_limit_measures_every_candidate_without_timing():
+    schedule = LogSchedule(per_decade=5, max_overhead=None, total_steps=100)
+    assert simulate(schedule, 101, cost=1e6)[0] == [0, *log_points(1, 100, 5)]
+
+
+def test_no_limit_and_no_length():
+    schedule = LogSchedule(per_decade=1, max_overhead=None, total_steps=None)
+    assert due_steps(schedule, range(1001)) == [0, 1, 10, 100, 1000]
+
+
+def test_jumping_steps_and_repeated_steps():
+    schedule = LogSchedule(per_decade=1, max_overhead=None, total_steps=1000)
+    assert due_steps(schedule, [0, 0, 2, 2, 4, 8, 16, 16, 300, 900]) == [0, 2, 16, 300]
+
+
+@pytest.mark.parametrize("saved_at", [1, 3, 5, 6, 40, 200])
+def test_log_state_round_trip(saved_at):
+    """A resumed schedule measures what the uninterrupted one does, also if saved before its decision."""
+    def new():
+        return LogSchedule(max_overhead=0.05, total_steps=1_000)
+
+    whole, _, _ = simulate(new(), 1_000, cost=2e-3)
+    first, second = new(), new()
+    before, measuring, training = simulate(first, saved_at, cost=2e-3)
+    second.load_state_dict(first.state_dict())
+    after = []
+    for step in range(saved_at, 1_000):
+        second.observe(step, measuring, measuring + training)
+        if second.due(step):
+            measuring += 2e-3
+            after.append(step)
+        training += 1e-3
+    assert before + after == whole
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"per_decade": 0}, "per_decade must be a positive integer"),
+        ({"per_decade": 2.5}, "per_decade must be a positive integer"),
+        ({"max_overhead": -0.1}, "max_overhead must be a positive number"),
+        ({"max_overhead": 0}, "max_overhead must be a positive number"),
+        ({"max_overhead": math.nan}, "max_overhead must be a positive number"),
+        ({"max_overhead": math.inf}, "max_overhead must be a positive number"),
+        ({"max_overhead": "2 %"}, "max_overhead must be a positive number"),
+    ],
+)
+def test_log_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        LogSchedule(**options)
+
+
+def test_a_log_schedule_ignores_the_state_of_a_fixed_one():
+    schedule = LogSchedule(max_overhead=None, total_steps=10)
+    schedule.load_state_dict(FixedSchedule(3).state_dict())
+    assert schedule.due(0)
+
+
+def test_descriptions():
+    assert FixedSchedule(7).describe() == "every 7 steps"
+    schedule = LogSchedule(total_steps=1_000)
+    assert schedule.describe() == "log-spaced, thinned once training steps are timed"
+    simulate(schedule, 50, cost=1e-4)
+    assert "of" in schedule.describe() and "at most 2 %" in schedule.describe()
