@@ -65,6 +65,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         nu: scale of the kernel for general losses (`resolve_loss`).
         dtype: "float32" or "float64" for the measurement; None: the parameters' own, at least float32.
         memory_limit: bytes of explicit rows of J held at a time.
+        figures: draw heat maps of the run once, after its last step (needs matplotlib).
         json_lines: "auto" (`grsd.jsonl` in the log folder), a path, or None.
         on_error: "warn" (a failed measurement is one warning) or "raise".
         name: tells several instances apart; tags then begin with `grsd_<name>_`.
@@ -101,6 +102,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         nu: float | None = None,
         dtype: str | torch.dtype | None = None,
         memory_limit: int | None = None,
+        figures: bool = True,
         json_lines: str | None = "auto",
         on_error: str = "warn",
         name: str = "",
@@ -130,6 +132,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         self._probe, self._num_probe, self._unpack = probe, num_probe, unpack or unpack_batch
         self._schedule = {"every_n_steps": every_n_steps, "max_overhead": max_overhead, "per_decade": per_decade}
         self._pair, self._work, self._transfer = pair, work, transfer
+        self._figures = figures
         self._json_lines, self._on_error, self.name = json_lines, on_error, name
         self._resolved: Loss | None = None
         self._sinks: list[Sink] = []
@@ -243,6 +246,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
             pair=self._pair,
             work=self._work,
             transfer=self._transfer,
+            figures=self._figures,
             writer=self._sinks,
             on_error=self._on_error,
             nu=self._nu,

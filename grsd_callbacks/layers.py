@@ -53,6 +53,12 @@ class Call:
         return self.version == _version(self.input)
 
     @property
+    def output_edge(self) -> GradientEdge:
+        """`edge`, while the graph is kept."""
+        assert self.edge is not None, "the graph was released"
+        return self.edge
+
+    @property
     def positions(self) -> int:
         """Positions with a gradient."""
         return self.T if self.active is None else len(self.active)

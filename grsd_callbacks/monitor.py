@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from grsd_callbacks import tags
 from grsd_callbacks.emission import Emission
 from grsd_callbacks.exponents import PowerLawFit
+from grsd_callbacks.figures import run_figures
 from grsd_callbacks.kernel import NTKOperator
 from grsd_callbacks.losses import Loss, calibrate, check_pair, resolve_loss
 from grsd_callbacks.measure import Settings, measure_with_operator
@@ -55,6 +56,7 @@ class ShellMonitor:
         work: also measure the work of the optimizer step that follows each measurement (one J w).
         transfer: also measure the instantaneous flux and the shell-to-shell transfer matrix along that step (needs
             `work`; exact path: four exact kernels in float64, krylov: about 1.5 products a Ritz vector).
+        figures: draw heat maps of the run once, in `finish` (needs matplotlib; not part of the overhead).
         writer: where values go: a SummaryWriter, logger, path, sink, or a list of them; None keeps `history` only.
         on_error: "warn" (a failed measurement is one warning) or "raise".
         nu: scale of the kernel for general losses, see `resolve_loss`.
@@ -99,6 +101,7 @@ class ShellMonitor:
         pair: bool = False,
         work: bool = True,
         transfer: bool = False,
+        figures: bool = True,
         writer: Any = None,
         on_error: str = "warn",
         nu: float | None = None,
@@ -121,6 +124,7 @@ class ShellMonitor:
         self.pair = pair
         self.work = work or transfer
         self.transfer = transfer
+        self.figures = figures
         self.run = Run()
         self.num_failed = 0
         self.measuring_seconds = 0.0
@@ -250,6 +254,8 @@ class ShellMonitor:
         self._pending = None
         if self.history:
             self._charged(lambda: self._try_to_write(self._write_summary))
+            if self.figures and self.sinks.sinks:
+                self._try_to_write(self._write_figures)
         return snapshot
 
     def close(self) -> None:
@@ -316,6 +322,10 @@ class ShellMonitor:
         last = self.history[-1]
         self._emit(Emission(step=last.step, texts={tags.SUMMARY: tags.preformatted(table)}))
         self.sinks.flush()
+
+    def _write_figures(self) -> None:
+        figures = run_figures(self.history, self.final_exponents())
+        self._emit(Emission(step=self.history[-1].step, figures=figures))
 
     def final_exponents(self) -> dict[str, PowerLawFit]:
         """Exponents over the whole run, with the verdict between power law and its competitors (`Run`)."""

@@ -155,6 +155,8 @@ class LogSchedule:
             "points": self.points,
             "first": self.first,
             "decision": self.decision,
+            "times": [list(time) for time in self._times],
+            "spent_before": [list(pair) for pair in self._spent_before.items()],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -163,6 +165,8 @@ class LogSchedule:
         self._last, self._decided = int(state["last"]), bool(state["decided"])
         self.points = None if state["points"] is None else [int(p) for p in state["points"]]
         self.first, self.decision = int(state["first"]), str(state["decision"])
+        self._times = [(int(step), float(spent), float(elapsed)) for step, spent, elapsed in state["times"]]
+        self._spent_before = {int(step): float(spent) for step, spent in state["spent_before"]}
 
 
 def log_points(first: int, last: int, per_decade: int) -> list[int]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from grsd_callbacks.emission import Emission, Histogram
+from grsd_callbacks.figures import FIGURES
 from grsd_callbacks.snapshot import Snapshot
 
 
@@ -241,7 +242,7 @@ def emission(snapshot: Snapshot) -> Emission:
 def meaning_card() -> str:
     """Markdown table of every tag with unit and meaning (the text card `grsd_run/meaning`)."""
     rows = [(tag, spec.unit, spec.meaning) for tag, spec in TAGS.items()]
-    rows += [(tag, unit, meaning) for tag, (unit, meaning) in {**TEMPLATES, **HISTOGRAMS}.items()]
+    rows += [(tag, unit, meaning) for tag, (unit, meaning) in {**TEMPLATES, **HISTOGRAMS, **FIGURES}.items()]
     lines = ["| tag | unit | meaning |", "|---|---|---|"]
     lines += [f"| `{tag}` | {unit} | {meaning.replace('|', chr(92) + '|')} |" for tag, unit, meaning in rows]
     return "\n".join(lines)

@@ -56,6 +56,18 @@ def flat(gradient, parameter):
     return (gradient.to_dense() if gradient.is_sparse else gradient).flatten()
 
 
+def orthogonal(m, seed=0):
+    return torch.linalg.qr(randn(m, m, seed=seed))[0]
+
+
+def with_spectrum(eigenvalues, seed=0, dtype=torch.float64):
+    """A linear model and inputs whose J J^T has these eigenvalues, and the eigenvectors as columns."""
+    m = len(eigenvalues)
+    basis = orthogonal(m, seed)
+    inputs = (basis * eigenvalues.sqrt()) @ orthogonal(m, seed + 1000).T
+    return nn.Linear(m, 1, bias=False, dtype=dtype), inputs.to(dtype), basis
+
+
 def mlp(seed=0):
     return seeded(lambda: nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)), seed)
 

@@ -27,6 +27,7 @@ LEVEL = {module: level for level, modules in LEVELS.items() for module in module
 SAME_LEVEL = {  # functional enters the guard of level 0; these pairs stand on one level
     ("kernel", "gram"),
     ("comparison", "flux"),
+    ("tags", "figures"),
     ("run", "measure"),
     ("run", "snapshot"),
     ("run", "trajectory"),

@@ -45,7 +45,7 @@ def test_the_gradient_is_sqrt_nu_times_the_pulled_back_residual(name):
     given, targets, nu = LOSSES[name]
     at, value = gradient_identity(resolve_loss(given), mlp(), X, targets)
     assert at.nu == pytest.approx(nu, rel=1e-14)
-    assert float(at.loss) == pytest.approx(float(value), rel=1e-14)
+    assert float(at.loss) == pytest.approx(value.item(), rel=1e-14)
     assert at.residual.dtype == torch.float64 and at.residual.shape == (21,)
 
 

@@ -144,6 +144,7 @@ class SkipsSteps(cases.Module):
         return None if batch_idx % 2 else super().training_step(batch, batch_idx)
 
 
+@pytest.mark.filterwarnings("ignore:grsd. measuring every 1 steps costs")
 def test_a_step_that_moves_nothing_takes_no_flow_time(tmp_path):
     callback = ShellDynamicsCallback(every_n_steps=1, num_probe=4)
     cases.seed()

@@ -123,7 +123,7 @@ def test_measuring_stays_within_its_share(num_steps, max_overhead, cost):
     candidates = 2 + len(log_points(DECIDE_AT, num_steps - 1, 10))
     if len(measured) > 2:  # the first two are always made
         assert measuring + cost <= budget * (1 + 1e-6)
-    assert len(measured) >= min(math.floor(budget / cost) - 1, candidates)
+    assert len(measured) >= min(math.floor(budget / cost) - 2, candidates)
 
 
 def test_all_candidates_if_affordable():
@@ -140,10 +140,10 @@ def test_nothing_more_if_not_affordable():
 
 def test_a_cold_first_measurement_is_no_measure_of_the_next():
     """The cost of one is what the second, warm one took; the cold one only counts as spent."""
-    cold = LogSchedule(max_overhead=0.1, total_steps=10_000)
-    measured = simulate(cold, 10_000, cost=1e-2, cold=0.1)[0]
-    assert len(measured) == pytest.approx(0.1 * 10_000 * 1e-3 / 1e-2 - 0.1 / 1e-2, abs=2) or len(measured) > 25
-    assert "one measurement 10 ms" in cold.describe()
+    schedule = LogSchedule(max_overhead=0.1, total_steps=3_000)
+    measured = simulate(schedule, 3_000, cost=1e-2, cold=0.1)[0]
+    assert len(measured) - 2 == pytest.approx((0.1 * 3_000 * 1e-3 - 0.12) / 1e-2 - 1, abs=1)
+    assert "one measurement 10 ms, one training step 1 ms" in schedule.describe()
 
 
 def test_unknown_length_starts_where_the_share_allows_its_density():

@@ -125,6 +125,6 @@ def _lines(axes: Axes, run: Run) -> None:
         outline = [withStroke(linewidth=3.5, foreground="white")]
         axes.plot(run.x, largest, **style, path_effects=outline, label=r"$\lambda_{\max}$")
     if np.isfinite(median).any():
-        style = {"color": "white", "linewidth": 2, "marker": "o", "markersize": 2.5}
+        style = {"color": "white", "linewidth": 2, "marker": "o", "markersize": 2.5 if len(run.x) <= 60 else 0}
         outline = [withStroke(linewidth=4, foreground=drawing.BLACK)]
         axes.plot(run.x, median, **style, path_effects=outline, label="frontier (median)")

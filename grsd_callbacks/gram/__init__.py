@@ -94,7 +94,7 @@ def exact_gram(
         raise ValueError(f"blocks must be None, 'parameter' or 'module', got {blocks!r}")
     while True:
         try:
-            return function.run(lambda: _Computation(function, inputs, memory_limit, blocks).gram())
+            return function.run(_Computation(function, inputs, memory_limit, blocks).gram)
         except RuntimeError as error:
             if not _is_out_of_memory(error) or memory_limit <= _LEAST_MEMORY:
                 raise
@@ -106,7 +106,7 @@ def gram_operations(function: ModelFunction, inputs: Any, *, memory_limit: int =
 
     Cost: one forward and the two backward passes of the checks.
     """
-    return function.run(lambda: _Computation(function, inputs, memory_limit, None).estimate())
+    return function.run(_Computation(function, inputs, memory_limit, None).estimate)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -66,7 +66,7 @@ def record(function: ModelFunction, inputs: Any, n: int) -> Record:
         raise ValueError("outputs do not depend on the selected parameters (detached, or under no_grad?)")
     outputs = outputs.reshape(n, -1)
     parents, uses_in_graph = _walk(outputs)
-    calls = [call for call in calls if call.edge.node in parents]
+    calls = [call for call in calls if call.output_edge.node in parents]
     for call in calls:
         _follow(call, parents, n)
     found: Uses = {}
@@ -132,8 +132,9 @@ def _walk(outputs: Tensor) -> tuple[dict[Node, list[Node]], Counter[int]]:
 
 def _follow(call: Call, parents: dict[Node, list[Node]], n: int) -> None:
     """Follow an output that all samples share (positions of a transformer) to where it is added to each of them."""
-    assert call.edge is not None
-    node, shape, before = call.edge.node, tuple(call.shape), ()
+    node = call.output_edge.node
+    shape: tuple[int, ...] | None = tuple(call.shape)
+    before: tuple[int, ...] = ()
     while n > 1 and shape is not None and math.prod(shape) == call.numel:
         if len(parents[node]) != 1 or not _only_moves(parents[node][0]):
             return

@@ -104,7 +104,7 @@ def _separate(record: Record, v: Tensor, calls: list[Call]) -> Iterator[tuple[Ca
     n = len(v)
     w = 1.5 + 0.5 * torch.tanh(random_like(v[:, 0], 1))
     plain, weighted = (
-        torch.autograd.grad(record.outputs, [c.edge for c in calls], x, retain_graph=True, allow_unused=True)
+        torch.autograd.grad(record.outputs, [call.output_edge for call in calls], x, retain_graph=True, allow_unused=True)
         for x in (v, w[:, None] * v)
     )
     for call, g, other in zip(calls, plain, weighted):
@@ -139,7 +139,7 @@ def _pulled(
     if not call.is_factored(role):
         rows = call.diagonal(role, g, slice(None), n)
         return rows.sum((0, 1)).reshape(shape), float(g.norm())
-    total, size = 0, 0.0
+    total, size = g.new_zeros(call.G, call.q, call.p), 0.0
     step = max(1, max_patches // max(1, call.T * call.G * call.p))
     for i in range(0, n, step):
         samples = slice(i, min(i + step, n))

@@ -17,8 +17,8 @@ from grsd_callbacks.probe import take
 #: numbers at the layers' outputs, all samples, below which one backward pass over copies of the samples beats C passes
 OVERHEAD_BOUND = {"cpu": 2**16}
 _OVERHEAD_BOUND_ELSEWHERE = 2**22
-#: columns held at a time, at least: fewer would repeat the forward's patches too often
-_FEWEST_COLUMNS = 4
+#: columns held at a time, at least, for terms that multiply them with the forward's factor
+_COLUMNS_TO_MULTIPLY = 10
 
 
 class Irregular(RuntimeError):
@@ -47,11 +47,11 @@ class Sweeper:
         leaves = list(dict.fromkeys(name for term in terms for name in term.leaves))
         numel = sum(call.numel for call in calls) // self.n
         if self._is_overhead_bound(numel, leaves):
-            everyone = slice(0, self.n)
-            given = [(everyone, slice(0, self.width), self._by_copies(calls), {})]
-        else:
-            given = self._by_columns(calls, leaves, numel, whole)
-        for samples, columns, at_calls, at_leaves in given:
+            at_calls = self._by_copies(calls)
+            for term in terms:
+                term.take(slice(0, self.n), slice(0, self.width), at_calls, {})
+            return
+        for samples, columns, at_calls, at_leaves in self._by_columns(calls, leaves, self._chunks(terms), whole):
             for term in terms:
                 term.take(samples, columns, at_calls, at_leaves)
 
@@ -70,9 +70,9 @@ class Sweeper:
         return {call: x.view(self.n, self.width, *x.shape[2:]) for call, x in split.items()}
 
     def _by_columns(
-        self, calls: list[Call], leaves: list[str], numel: int, whole: Record | None
+        self, calls: list[Call], leaves: list[str], chunks: tuple[int, int], whole: Record | None
     ) -> Iterator[tuple[slice, slice, dict[Call, Tensor], dict[str, Tensor]]]:
-        chunk, columns = self._chunks(numel, leaves)
+        chunk, columns = chunks
         for i in range(0, self.n, chunk):
             samples = slice(i, min(i + chunk, self.n))
             if whole is not None and chunk >= self.n:
@@ -86,16 +86,20 @@ class Sweeper:
 
     def keeps_whole(self, terms: list[Term]) -> bool:
         """Whether a sweep over these terms runs on the graph of the whole batch."""
-        calls = list({call: None for term in terms for call in term.calls})
-        leaves = [name for term in terms for name in term.leaves]
-        numel = sum(call.numel for call in calls) // self.n
-        return self._chunks(numel, leaves)[0] >= self.n
+        return self._chunks(terms)[0] >= self.n
 
-    def _chunks(self, numel: int, leaves: list[str]) -> tuple[int, int]:
-        """Samples per forward and columns held at a time; parameters' own gradients need samples alone."""
-        per_row = self.itemsize * (numel + sum(self.function.parameters[name].numel() for name in leaves))
-        rows = max(1, self.memory_limit // max(per_row, 1))
-        chunk = 1 if leaves else max(1, min(self.n, rows // min(self.width, _FEWEST_COLUMNS)))
+    def _chunks(self, terms: list[Term]) -> tuple[int, int]:
+        """Samples per forward and columns held at a time; parameters' own gradients need samples alone.
+
+        Terms that multiply as they go want many columns at once, the others many samples.
+        """
+        calls = {call: None for term in terms for call in term.calls}
+        leaves = dict.fromkeys(name for term in terms for name in term.leaves)
+        numel = sum(call.numel for call in calls) // self.n
+        numel += sum(self.function.parameters[name].numel() for name in leaves)
+        rows = max(1, self.memory_limit // max(self.itemsize * numel, 1))
+        fewest = _COLUMNS_TO_MULTIPLY if any(term.multiplies for term in terms) else 1
+        chunk = 1 if leaves else max(1, min(self.n, rows // min(self.width, fewest)))
         return chunk, max(1, min(self.width, rows // chunk))
 
     def _gradients(
@@ -142,7 +146,7 @@ def _pull(
     """v pulled back to the layers' outputs and to parameters (flat); what is not reached is zero."""
     here = [match[call] for call in calls]
     pulled = torch.autograd.grad(
-        graph.outputs, [*(call.edge for call in here), *parameters], v, retain_graph=retain, allow_unused=True
+        graph.outputs, [*(call.output_edge for call in here), *parameters], v, retain_graph=retain, allow_unused=True
     )
     at_calls = [v.new_zeros(call.shape) if g is None else g for g, call in zip(pulled, here)]
     at_leaves = [

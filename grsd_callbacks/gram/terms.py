@@ -31,6 +31,7 @@ class Term:
         names: parameters it covers.   path: the form it takes, for people.
         calls, leaves: whose gradients it needs.
         kept: numbers kept per row of J.   operations: multiplications of the whole term.
+        multiplies: whether `take` multiplies with the forward's factor.
     """
 
     names: list[str]
@@ -39,6 +40,7 @@ class Term:
     leaves: list[str]
     kept: int
     operations: float
+    multiplies = False
 
     def take(self, samples: slice, columns: slice, g: dict[Call, Tensor], leaves: dict[str, Tensor]) -> None:
         """Keep what is needed from the gradients of some samples and output columns."""
@@ -86,6 +88,7 @@ class FactoredTerm(Term):
         self.n, self.span = n, span
         self.method, self.operations = cheapest(call, n, width)
         self.rows_at_once = self.method == "rows" and call.p < call.positions
+        self.multiplies = self.rows_at_once
         self.kept = call.G * len(range(*span.indices(call.q))) * (call.p if self.rows_at_once else call.positions)
         self.path = call.path if self.method == "outer" else f"{call.path}:{self.method}"
         self._store = _Store(n, width)
@@ -149,6 +152,7 @@ class SharedTerm(Term):
     """A weight with several uses (a tied head, a layer called twice): explicit rows, summed over the uses."""
 
     path = "shared:rows"
+    multiplies = True
 
     def __init__(
         self, uses: list[tuple[Call, str]], name: str, n: int, width: int, shape: torch.Size, span: slice

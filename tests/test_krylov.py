@@ -1,0 +1,243 @@
+"""Bidiagonalisation by its own identities, and bounds that the true cumulative measure never leaves."""
+
+import math
+
+import pytest
+import torch
+from nets import orthogonal, randn
+
+from grsd_callbacks.krylov import cumulative_bounds, gauss_rule, golub_kahan
+
+EPS = torch.finfo(torch.float64).eps
+
+
+def bidiagonalise(A, r, k, **options):
+    """Result, left vectors U and the right vectors V that the products were asked for."""
+    right = []
+
+    def apply(w):
+        right.append(w)
+        return A @ w
+
+    result = golub_kahan(apply, lambda u: A.T.to(A) @ u.to(A.dtype), r, k, **options)
+    return result, torch.stack(right, 1) if right else torch.zeros(A.shape[1], 0, dtype=A.dtype)
+
+
+def random_measure(seed, m=60, decades=None):
+    """Eigenvalues over some decades and the squared components of a start vector."""
+    generator = torch.Generator().manual_seed(seed)
+    decades = (2, 5, 8, 12)[seed % 4] if decades is None else decades
+    lam = 10 ** (-decades * torch.rand(m, generator=generator, dtype=torch.float64))
+    tilt = torch.rand(1, generator=generator, dtype=torch.float64)
+    return lam, torch.randn(m, generator=generator, dtype=torch.float64) * lam ** (tilt / 2)
+
+
+def diagonal(lam, r, k):
+    s = lam.sqrt()
+    return golub_kahan(lambda w: s * w, lambda u: s * u, r, k)
+
+
+def below(lam, weights, points):
+    """mu((-inf, x)) / mu, the truth."""
+    return (weights[None] * (lam[None] < points[:, None])).sum(1) / weights.sum()
+
+
+def both_bounds(b, points):
+    """Energy and dissipation bounds of a bidiagonalisation that is not exhausted."""
+    energy = cumulative_bounds(b.factor(), float(b.alphas[-1] * b.betas[-1]), points)
+    dissipation = cumulative_bounds(b.factor_dual(), float(b.alphas[-1] * b.betas[-2]), points)
+    return energy, dissipation
+
+
+# ---- the algorithm's identities ----
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 15])
+def test_identities(k):
+    A, r = randn(20, 33, seed=1), randn(20, seed=2)
+    b, V = bidiagonalise(A, r, k)
+    U, B = b.left, torch.zeros(k + 1, k, dtype=torch.float64)
+    B[:k], B[k, k - 1] = b.factor(), b.betas[-1]
+    assert b.num_steps == k and U.shape == (20, k + 1) and b.num_products == k and not b.exhausted
+    torch.testing.assert_close(A @ V, U @ B, rtol=0, atol=1e-12)  # A V_k = U_{k+1} B_{k+1,k}
+    torch.testing.assert_close(A.T @ U[:, :k], V @ b.factor().T, rtol=0, atol=1e-12)  # A^T U_k = V_k B_k^T
+    torch.testing.assert_close(U.T @ U, torch.eye(k + 1).double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(U[:, 0] * b.norm, r, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_left_vectors_stay_orthonormal_over_twelve_decades(seed):
+    lam, r = random_measure(seed, decades=12)
+    Q = orthogonal(60, seed)
+    b, _ = bidiagonalise(Q * lam.sqrt(), Q @ r, 50)
+    gap = b.left.T @ b.left - torch.eye(b.left.shape[1])
+    assert float(gap.abs().max()) < 1e-12
+
+
+def test_the_gauss_rule_integrates_polynomials_of_degree_2k_minus_1():
+    lam, r = random_measure(0, decades=1)
+    nodes, rotation = gauss_rule(diagonal(lam, r, 5).factor())
+    weights = rotation[0] ** 2
+    for degree in range(10):
+        exact = float((r**2 * lam**degree).sum() / (r**2).sum())
+        assert float((weights * nodes**degree).sum()) == pytest.approx(exact, rel=1e-12)
+    exact = float((r**2 * lam**10).sum() / (r**2).sum())
+    assert float((weights * nodes**10).sum()) != pytest.approx(exact, rel=1e-12)
+
+
+def test_first_moments_are_the_coefficients():
+    lam, r = random_measure(1, decades=3)
+    b = diagonal(lam, r, 3)
+    w = r**2 / (r @ r)
+    assert float(b.alphas[0] ** 2) == pytest.approx(float(w @ lam), rel=1e-13)
+    ratio = float(w @ lam**2) / float(w @ lam)  # r^T M^2 r / r^T M r
+    assert float(b.alphas[0] ** 2 + b.betas[0] ** 2) == pytest.approx(ratio, rel=1e-12)
+
+
+# ---- full budget and early ends ----
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_full_budget_is_the_exact_measure(seed):
+    lam, r = random_measure(seed, m=20)
+    b = diagonal(lam, r, 20)
+    nodes, rotation = gauss_rule(b.factor())
+    order = lam.argsort()
+    assert b.exhausted
+    torch.testing.assert_close(nodes, lam[order], rtol=1e-7, atol=1e-15)
+    torch.testing.assert_close(b.norm**2 * rotation[0] ** 2, (r**2)[order], rtol=1e-6, atol=1e-13)
+
+
+def test_small_nodes_keep_their_relative_accuracy():
+    """From singular values: 1e-12 is right to 1e-6, where squaring first would leave 1e-4."""
+    lam = torch.logspace(-12, 0, 13, dtype=torch.float64)
+    nodes, _ = gauss_rule(diagonal(lam, torch.ones(13).double(), 13).factor())
+    torch.testing.assert_close(nodes, lam, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("num_distinct", [1, 3, 6])
+def test_degenerate_eigenvalues_end_early(num_distinct):
+    values = torch.logspace(-2, 0, num_distinct, dtype=torch.float64)
+    lam, r = values.repeat(4), randn(4 * num_distinct, seed=3)
+    b = diagonal(lam, r, 4 * num_distinct)
+    nodes, rotation = gauss_rule(b.factor())
+    assert b.exhausted and b.num_steps == num_distinct and b.num_products <= num_distinct + 1
+    torch.testing.assert_close(nodes, values, rtol=1e-12, atol=0)
+    torch.testing.assert_close(b.norm**2 * rotation[0] ** 2, (r**2).view(4, -1).sum(0), rtol=1e-11, atol=0)
+
+
+def test_zero_vector():
+    b = diagonal(torch.ones(4).double(), torch.zeros(4).double(), 3)
+    assert b.exhausted and b.num_steps == 0 and b.norm == 0.0 and b.left.shape == (4, 0)
+    lower, upper = cumulative_bounds(b.factor(), 0.0, torch.tensor([1.0]), exact=True)
+    assert lower.tolist() == upper.tolist() == [0.0]
+
+
+def test_vector_that_is_not_finite():
+    assert diagonal(torch.ones(4).double(), torch.full((4,), math.inf).double(), 3).num_steps == 0
+
+
+def test_null_vector():
+    lam = torch.tensor([0.0, 0.0, 1.0]).double()
+    b = diagonal(lam, torch.tensor([3.0, 4.0, 0.0]).double(), 3)
+    assert b.exhausted and b.alphas.tolist() == [0.0] and b.norm == 5.0
+    assert gauss_rule(b.factor())[0].tolist() == [0.0]
+
+
+def test_null_space_is_a_node_at_zero():
+    lam = torch.tensor([0.0, 0.0, 0.5, 2.0]).double()
+    r = torch.tensor([3.0, 4.0, 1.0, 2.0]).double()
+    b = diagonal(lam, r, 4)
+    nodes, rotation = gauss_rule(b.factor())
+    assert b.exhausted
+    torch.testing.assert_close(nodes, torch.tensor([0.0, 0.5, 2.0]).double(), rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(30 * rotation[0] ** 2, torch.tensor([25.0, 1.0, 4.0]).double(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_eigenvector_and_single_sample(k):
+    lam = torch.tensor([0.2, 0.7, 3.0]).double()
+    b = diagonal(lam, torch.tensor([0.0, -2.0, 0.0]).double(), k)
+    assert b.exhausted and b.num_steps == 1
+    assert float(gauss_rule(b.factor())[0]) == pytest.approx(0.7, rel=1e-14)
+    one = diagonal(torch.tensor([5.0]).double(), torch.tensor([3.0]).double(), k)
+    assert one.exhausted and one.num_steps == 1 and float(one.alphas[0] ** 2) == pytest.approx(5.0, rel=1e-14)
+
+
+def test_float32_products_resolve_twelve_decades():
+    lam = torch.logspace(-12, 0, 25, dtype=torch.float64)
+    Q, P = orthogonal(25, 1), orthogonal(25, 2)
+    A = ((Q * lam.sqrt()) @ P.T).float()
+    b, _ = bidiagonalise(A, Q @ lam**0.25, 25)
+    nodes, _ = gauss_rule(b.factor())
+    truth = torch.linalg.svdvals(A.double()).flip(0) ** 2  # of the matrix as it was rounded
+    assert b.rounding == torch.finfo(torch.float32).eps
+    assert float((nodes / truth).log().abs().max()) < math.log(10) / 6  # within half a shell of three a decade
+
+
+# ---- bounds ----
+
+
+def points_for(lam, b):
+    """Generic edges, edges beyond both ends, and edges on and beside the Gauss nodes."""
+    nodes = gauss_rule(b.factor())[0]
+    nodes = nodes[nodes > 0]
+    beside = [nodes * (1 + shift) for shift in (0.0, 1e-3, -1e-5, 1e-9, -1e-13)]
+    ends = torch.tensor([1e-30, float(lam.min()) / 100, 10 * float(lam.max()), 1e6], dtype=torch.float64)
+    return torch.cat([torch.logspace(-14, 1, 46, dtype=torch.float64), ends, *beside]).sort().values
+
+
+@pytest.mark.parametrize("seed", range(32))
+def test_the_truth_lies_within_the_bounds(seed):
+    lam, r = random_measure(seed)
+    for k in (2, 3, 5, 8, 13, 21, 34, 50):
+        b = diagonal(lam, r, k)
+        assert not b.exhausted
+        points = points_for(lam, b)
+        for weights, (lower, upper) in zip((r**2, lam * r**2), both_bounds(b, points), strict=True):
+            truth = below(lam, weights, points)
+            assert float((lower - truth).max()) < 1e-12 and float((truth - upper).max()) < 1e-12
+            assert bool((lower.diff() >= 0).all()) and bool((upper.diff() >= 0).all())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_clustered_and_degenerate_measures_lie_within_the_bounds(seed):
+    lam, r = random_measure(seed, m=20)
+    lam = torch.cat([lam, lam * (1 + 1e-6), lam])
+    r = torch.cat([r, randn(20, seed=seed) * lam[:20].sqrt(), r])
+    for k in (3, 8, 15):
+        b = diagonal(lam, r, k)
+        points = points_for(lam, b)
+        for weights, (lower, upper) in zip((r**2, lam * r**2), both_bounds(b, points), strict=True):
+            truth = below(lam, weights, points)
+            assert float((lower - truth).max()) < 1e-12 and float((truth - upper).max()) < 1e-12
+
+
+def test_bounds_are_attained_by_the_rule_with_a_node_at_the_point():
+    """k = 1: the two-node rule with a node at x in closed form."""
+    lam, r = torch.tensor([1.0, 3.0, 4.0]).double(), torch.tensor([1.0, 1.0, 1.0]).double()
+    b = diagonal(lam, r, 1)
+    mean, variance = 8 / 3, (1 + 9 + 16) / 3 - (8 / 3) ** 2
+    x = torch.tensor([2.0]).double()
+    at_x = variance / (variance + (2 - mean) ** 2)  # weight of the node at x; the other lies above
+    lower, upper = cumulative_bounds(b.factor(), float(b.alphas[-1] * b.betas[-1]), x)
+    assert float(lower) == pytest.approx(0.0, abs=2e-9) and float(upper) == pytest.approx(at_x, abs=2e-9)
+
+
+def test_bounds_shrink_and_close_at_full_budget():
+    lam, r = random_measure(1, m=30)
+    points = torch.logspace(-6, 0.5, 20, dtype=torch.float64)
+    widths = []
+    for k in (3, 6, 12, 24):
+        (lower, upper), _ = both_bounds(diagonal(lam, r, k), points)
+        widths.append(float((upper - lower).mean()))
+    assert widths == sorted(widths, reverse=True) and widths[-1] < widths[0] / 10
+    b = diagonal(lam, r, 30)
+    lower, upper = cumulative_bounds(b.factor(), 0.0, points, exact=True)
+    assert torch.equal(lower, upper)
+    torch.testing.assert_close(lower, below(lam, r**2, points), rtol=0, atol=1e-9)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
+        diagonal(torch.ones(2).double(), torch.ones(2).double(), 0)
