@@ -38,7 +38,7 @@ class Bidiagonalization:
         left: U, shape (m, k + 1) or (m, k) if exhausted, orthonormal columns, float64.
         exhausted: the Krylov space is invariant: quadrature is exact, not an estimate.
         num_products: products with A^T plus products with A, halved (kernel products).
-        rounding: relative error to which singular values are known: eps of the products' dtype, at least 1e-15.
+        rounding: relative error to which singular values are known: eps of the products' dtype, at least 5e-15.
     """
 
     alphas: Tensor
@@ -47,7 +47,7 @@ class Bidiagonalization:
     left: Tensor
     exhausted: bool
     num_products: float
-    rounding: float = 1e-15
+    rounding: float = 5e-15
 
     @property
     def num_steps(self) -> int:
@@ -79,7 +79,7 @@ def golub_kahan(
         start: r, shape (m,), not zero for a useful result.
         num_steps: k, products with A^T and with A.
         breakdown: relative size, against the largest coefficient so far, under which a new direction is
-            rounding noise and the space counts as exhausted; None takes 4 eps of the products' dtype.
+            rounding noise and the space counts as exhausted; None takes 4 eps of the products' dtype (at least 2e-14).
 
     Returns:
         A `Bidiagonalization`; `left` on the start's device, coefficients on the CPU.
@@ -105,7 +105,7 @@ def golub_kahan(
     for j in range(min(num_steps, m)):
         pulled = apply_adjoint(left[:, j])
         products += 0.5
-        eps = torch.finfo(pulled.dtype).eps
+        eps = max(torch.finfo(pulled.dtype).eps, 5e-15)
         tiny = breakdown if breakdown is not None else 4 * eps
         if right is not None:
             pulled = pulled - betas[-1] * right
@@ -113,7 +113,7 @@ def golub_kahan(
         if alpha <= tiny * scale or alpha == 0.0:  # u_j lies in the null space: a node at zero, and all is exact
             alphas.append(0.0)
             betas.append(0.0)
-            return Bidiagonalization(_row(alphas), _row(betas), norm, left[:, : j + 1], True, products, max(eps, 1e-15))
+            return Bidiagonalization(_row(alphas), _row(betas), norm, left[:, : j + 1], True, products, eps)
         right = pulled / alpha
         alphas.append(alpha)
         scale = max(scale, alpha)
@@ -125,11 +125,11 @@ def golub_kahan(
         beta = float(pushed.norm())
         if beta <= tiny * scale or j + 1 == m:
             betas.append(0.0)
-            return Bidiagonalization(_row(alphas), _row(betas), norm, left[:, : j + 1], True, products, max(eps, 1e-15))
+            return Bidiagonalization(_row(alphas), _row(betas), norm, left[:, : j + 1], True, products, eps)
         betas.append(beta)
         scale = max(scale, beta)
         left[:, j + 1] = pushed / beta
-    return Bidiagonalization(_row(alphas), _row(betas), norm, left, False, products, max(eps, 1e-15))
+    return Bidiagonalization(_row(alphas), _row(betas), norm, left, False, products, eps)
 
 
 def gauss_rule(factor: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,7 +148,7 @@ def gauss_rule(factor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cumulative_bounds(
-    factor: Tensor, coupling: float, points: Tensor, *, exact: bool = False, rounding: float = 1e-15
+    factor: Tensor, coupling: float, points: Tensor, *, exact: bool = False, rounding: float = 5e-15
 ) -> tuple[Tensor, Tensor]:
     """Rigorous bounds of the cumulative measure mu((-inf, x)) from a Jacobi matrix T = L L^T.
 
@@ -172,7 +172,7 @@ def cumulative_bounds(
     points = points.to("cpu", torch.float64)
     nodes, rotation = gauss_rule(factor)
     if exact or coupling == 0.0 or factor.numel() == 0:
-        below = (rotation[0] ** 2 * (nodes < points[:, None])).sum(1)
+        below = (rotation[:1].flatten() ** 2 * (nodes < points[:, None])).sum(1)
         return below, below.clone()
     blur = rounding * nodes[-1].sqrt()
     ends = torch.stack([(points.sqrt() - blur).clamp_min(0.0) ** 2, (points.sqrt() + blur) ** 2])

@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+
 from grsd_callbacks.emission import Emission
 from grsd_callbacks.json_lines import append_json_line, cut_torn_line, read_json_lines
 
@@ -32,7 +34,7 @@ __all__ = [
 ]
 
 LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127  # curves are float32 on disk: beyond it a finite value turns into inf
-WRITER_METHODS = ("add_scalar", "add_histogram_raw", "add_text", "add_figure", "add_custom_scalars", "flush", "close")
+WRITER_METHODS = ("add_scalar", "add_histogram_raw", "add_text", "add_image", "add_custom_scalars", "flush", "close")
 
 
 @runtime_checkable
@@ -129,9 +131,13 @@ class TensorBoardSink:
                     )
             for tag, text in emission.texts.items():
                 writer.add_text(tag, text, step)
-            _for_each_figure(emission, lambda tag, figure: writer.add_figure(tag, figure, step, close=False))
+            _for_each_figure(emission, partial(self._show, step=step))
         finally:
             writer.flush()
+
+    def _show(self, tag: str, figure: Any, step: int) -> None:
+        """As an image: `add_figure` would import pyplot, and with it the user's backend."""
+        self.writer.add_image(tag, np.asarray(_picture(figure).convert("RGB")), step, dataformats="HWC")
 
     def flush(self) -> None:
         """Flush the event file."""

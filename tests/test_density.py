@@ -38,10 +38,10 @@ def test_beta_cdf_at_the_ends():
     assert beta_cdf(x, torch.tensor(2.0), torch.tensor(3.0))[[0, 2]].tolist() == [0.0, 1.0]
     assert beta_cdf(x, torch.tensor(0.0), torch.tensor(3.0)).tolist() == [1.0, 1.0, 1.0]
     assert beta_cdf(x, torch.tensor(3.0), torch.tensor(0.0)).tolist() == [0.0, 0.0, 1.0]
-    assert float(beta_cdf(torch.tensor(0.3), torch.tensor(1.0), torch.tensor(1.0))) == pytest.approx(0.3, rel=1e-12)
-    assert float(beta_cdf(torch.tensor(1e-9), torch.tensor(0.5), torch.tensor(200.0))) == pytest.approx(
-        scipy.special.betainc(0.5, 200.0, 1e-9), rel=1e-8
-    )
+    third = torch.tensor(0.3, dtype=torch.float64)
+    assert float(beta_cdf(third, torch.tensor(1.0), torch.tensor(1.0))) == pytest.approx(0.3, rel=1e-12)
+    small = beta_cdf(torch.tensor(1e-9, dtype=torch.float64), torch.tensor(0.5), torch.tensor(200.0))
+    assert float(small) == pytest.approx(scipy.special.betainc(0.5, 200.0, 1e-9), rel=1e-8)
 
 
 @pytest.mark.parametrize("number", [0, 1, 3, 10, 39, 40])

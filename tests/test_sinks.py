@@ -260,13 +260,13 @@ def test_figures_are_closed(tmp_path, draw_one):
 def test_figures_are_closed_when_the_writer_fails(tmp_path, monkeypatch):
     import matplotlib.pyplot as plt
 
-    def add_figure(*args, **kwargs):
+    def add_image(*args, **kwargs):
         raise OSError("disk full")
 
     before = plt.get_fignums()
     sink = TensorBoardSink(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr(sink.writer, "add_figure", add_figure)
+        patch.setattr(sink.writer, "add_image", add_image)
         sink.write(full(1, figures={"a": draw_with_pyplot}))
     sink.close()
     assert plt.get_fignums() == before

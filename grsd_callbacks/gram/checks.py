@@ -103,8 +103,9 @@ def _separate(record: Record, v: Tensor, calls: list[Call]) -> Iterator[tuple[Ca
     """
     n = len(v)
     w = 1.5 + 0.5 * torch.tanh(random_like(v[:, 0], 1))
+    edges = [call.output_edge for call in calls]
     plain, weighted = (
-        torch.autograd.grad(record.outputs, [call.output_edge for call in calls], x, retain_graph=True, allow_unused=True)
+        torch.autograd.grad(record.outputs, edges, x, retain_graph=True, allow_unused=True)
         for x in (v, w[:, None] * v)
     )
     for call, g, other in zip(calls, plain, weighted):

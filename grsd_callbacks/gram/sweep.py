@@ -145,9 +145,8 @@ def _pull(
 ) -> list[Tensor]:
     """v pulled back to the layers' outputs and to parameters (flat); what is not reached is zero."""
     here = [match[call] for call in calls]
-    pulled = torch.autograd.grad(
-        graph.outputs, [*(call.output_edge for call in here), *parameters], v, retain_graph=retain, allow_unused=True
-    )
+    sources: list[Any] = [*(call.output_edge for call in here), *parameters]
+    pulled = torch.autograd.grad(graph.outputs, sources, v, retain_graph=retain, allow_unused=True)
     at_calls = [v.new_zeros(call.shape) if g is None else g for g, call in zip(pulled, here)]
     at_leaves = [
         (torch.zeros_like(p) if g is None else g.to_dense() if g.layout != torch.strided else g).reshape(-1)
