@@ -24,7 +24,7 @@ import torch
 import grsd_callbacks as grsd
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import digits  # noqa: E402
+import digits
 
 RESULTS = Path(__file__).parent / "results"
 

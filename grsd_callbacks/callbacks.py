@@ -26,7 +26,7 @@ from grsd_callbacks.snapshot import Snapshot
 try:  # the same Lightning under its other name; each Trainer accepts only its own Callback class
     from pytorch_lightning import Callback as _OtherCallback
 except ImportError:
-    _OtherCallback = _Callback
+    _OtherCallback = _Callback  # type: ignore[misc,assignment]
 
 _BASES = (_Callback,) if _OtherCallback is _Callback else (_Callback, _OtherCallback)
 
@@ -116,7 +116,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
             raise ValueError(f"name must consist of letters, digits and underscores, got {name!r}")
         check_num_probe(num_probe)
         make_schedule(every_n_steps, max_overhead, None, per_decade)
-        self._settings = {
+        self._settings: dict[str, Any] = {
             "method": method,
             "num_matvecs": num_matvecs,
             "shells_per_decade": shells_per_decade,
@@ -130,7 +130,11 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
             resolve_loss(loss, nu)
         self._loss, self._nu = loss, nu
         self._probe, self._num_probe, self._unpack = probe, num_probe, unpack or unpack_batch
-        self._schedule = {"every_n_steps": every_n_steps, "max_overhead": max_overhead, "per_decade": per_decade}
+        self._schedule: dict[str, Any] = {
+            "every_n_steps": every_n_steps,
+            "max_overhead": max_overhead,
+            "per_decade": per_decade,
+        }
         self._pair, self._work, self._transfer = pair, work, transfer
         self._figures = figures
         self._json_lines, self._on_error, self.name = json_lines, on_error, name

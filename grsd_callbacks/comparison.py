@@ -58,5 +58,3 @@ def frozen_kernel_share(before: KernelState, residual: Tensor, lr: float, num_st
     gap = float((change - predicted).square().sum())
     share = 1 - gap / total if total > 0 else math.nan
     return share if math.isfinite(share) else math.nan
-
-

@@ -150,16 +150,22 @@ def select_parameters(model: nn.Module, params: ParameterFilter = None) -> dict[
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule) or any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
-        raise ValueError("model holds a torch.jit module, which cannot be differentiated functionally; use the original")
+        raise ValueError(
+            "model holds a torch.jit module, which cannot be differentiated functionally; use the original"
+        )
     keep = _predicate(params)
     selected = {}
     for name, p in model.named_parameters():
         if isinstance(p, UninitializedParameter):
-            raise ValueError(f"parameter {name!r} is not initialised yet; run one forward (lazy modules) before measuring")
+            raise ValueError(
+                f"parameter {name!r} is not initialised yet; run one forward (lazy modules) before measuring"
+            )
         if not p.requires_grad or not keep(name, p):
             continue
         if p.is_complex():
-            raise ValueError(f"parameter {name!r} is complex; complex parameters are not supported, exclude it by params=")
+            raise ValueError(
+                f"parameter {name!r} is complex; complex parameters are not supported, exclude it by params="
+            )
         if hasattr(p, "full_tensor"):
             raise ValueError(f"parameter {name!r} is sharded (DTensor); measure an unsharded copy of the model")
         selected[name] = p
@@ -208,7 +214,9 @@ def as_outputs(raw: Any, extract: Callable[[Any], Tensor] | None = None) -> Tens
     if value.dim() == 0:
         raise ValueError("outputs: the model returned a scalar; outputs must have shape (n, ...), one row per sample")
     if not value.is_floating_point():
-        raise ValueError(f"outputs: the model returned {value.dtype}, which is not differentiable; pick a floating output")
+        raise ValueError(
+            f"outputs: the model returned {value.dtype}, which is not differentiable; pick a floating output"
+        )
     return value
 
 

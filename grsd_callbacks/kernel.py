@@ -182,7 +182,9 @@ class NTKOperator:
     def flatten(self, tensors: list[Tensor | None]) -> Tensor:
         """One (P,) vector from one tensor per parameter, in the order of `parameter_names`; None is zero."""
         parts = [
-            torch.zeros(p.numel(), dtype=self.dtype, device=self.device) if t is None else t.detach().reshape(-1)
+            torch.zeros(p.numel(), dtype=self.dtype, device=self.device)
+            if t is None
+            else _dense(t.detach()).reshape(-1)
             for t, p in zip(tensors, self.function.parameters.values(), strict=True)
         ]
         return torch.cat(parts)
@@ -225,9 +227,7 @@ class NTKOperator:
             leaves = list(self.function.parameters.values())
             pulled = torch.autograd.grad(graph.outputs, leaves, z, create_graph=True, allow_unused=True)
             graph.cotangent, graph.pulled = z, list(pulled)
-        pairs = [
-            (g, w) for g, w in zip(graph.pulled, tangents, strict=True) if g is not None and g.requires_grad
-        ]
+        pairs = [(g, w) for g, w in zip(graph.pulled, tangents, strict=True) if g is not None and g.requires_grad]
         if not pairs:
             return torch.zeros_like(graph.outputs)
         (product,) = torch.autograd.grad(

@@ -255,9 +255,7 @@ def _krylov(op: NTKOperator, r: Residual, settings: Settings, grid: ShellGrid | 
         budget = density.into(budget)
         summary.update(trace=density.trace, trace_error=density.trace_error, effective_rank=density.effective_rank)
     return {
-        "state": KernelState(
-            measure_of_r.nodes.to(r.residual.device), measure_of_r.ritz_vectors, r.residual
-        ),
+        "state": KernelState(measure_of_r.nodes.to(r.residual.device), measure_of_r.ritz_vectors, r.residual),
         "budget": budget,
         "eigenvalues": measure_of_r.nodes.flip(0),
         "weights": measure_of_r.weights.flip(0),

@@ -136,6 +136,7 @@ class ShellMonitor:
         self._first_step = 0
         self._elapsed_before = 0.0
         self._warned: set[str] = set()
+        self._versions: tuple[int, ...] | None = None
         self._identity = self._parameter_identity()
         self._prepare()
 
@@ -199,6 +200,7 @@ class ShellMonitor:
         size = _given_size(optimizer, lr)
         if self._last_step is not None and step > self._last_step:
             self.advance(self.run.size, step - self._last_step)
+        self._versions = self._parameter_versions()
         if flow_time is not None:
             self.run.flow_time = float(flow_time)
         self.run.size = size
@@ -241,8 +243,18 @@ class ShellMonitor:
             self._charged(lambda: self._attempt(step, lambda: self._add_update(pending)))
 
     def finish(self, step: int | None = None) -> Snapshot | None:
-        """Last measurement (at `step`, if it has not been made there), summary, and flush. Call at the end."""
+        """Last measurement (if it has not been made there), summary, and flush. Call at the end.
+
+        Args:
+            step: optimizer steps taken in all; None: as many as at the last call of `step`, and one more if the
+                parameters have been written to since.
+        """
         last = self._last_step if step is None else step
+        if self._versions is not None and self._last_step is not None:  # flow time follows the calls of `step`
+            moved = self._versions != self._parameter_versions()
+            last = self._last_step + moved if step is None else step
+            self.advance(self.run.size, max(last - self._last_step, 0))
+            self._versions = self._parameter_versions()
         snapshot = None
         if last is not None:
             if self._last_step is not None and last > self._last_step:
@@ -402,6 +414,9 @@ class ShellMonitor:
 
     def _parameter_identity(self) -> tuple[int, ...]:
         return tuple(id(p) for p in self.model.parameters())
+
+    def _parameter_versions(self) -> tuple[int, ...]:
+        return tuple(p._version for p in self.model.parameters())
 
     def _check_identity(self) -> None:
         identity = self._parameter_identity()

@@ -1,10 +1,11 @@
-"""Flow time from optimizers: what a step advances t by.  t = sum of learning rates (heavy ball: lr / (1 - momentum))."""
+"""Flow time from optimizers: what a step advances t by, the learning rate (heavy ball: lr / (1 - momentum))."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torch.optim import SGD, Optimizer
@@ -48,7 +49,7 @@ def step_size(optimizers: Optimizer | Iterable[Optimizer]) -> StepSize:
         >>> step_size(torch.optim.SGD([w], lr=0.5, momentum=0.5)).flow
         1.0
     """
-    several = [optimizers] if hasattr(optimizers, "param_groups") else list(optimizers)  # type: ignore[arg-type]
+    several: list[Any] = [optimizers] if hasattr(optimizers, "param_groups") else list(optimizers)  # type: ignore[arg-type]
     for optimizer in several:
         if not hasattr(optimizer, "param_groups"):
             raise TypeError(f"optimizer must be a torch optimizer with param_groups, got {type(optimizer).__name__}")
@@ -91,5 +92,3 @@ def _reasons(optimizers: list[Optimizer], groups: list[tuple[int, float, float]]
     if len(optimizers) > 1:
         reasons.append("several optimizers")
     return reasons
-
-

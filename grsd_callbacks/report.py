@@ -37,7 +37,8 @@ def start_report(op: NTKOperator, loss: Loss, settings: Settings, schedule: str)
         [
             "grsd: shell dynamics of the empirical NTK",
             f"  probe       {n} samples x {c} outputs, m = {n * c}",
-            f"  parameters  {op.num_parameters:,} in {len(op.parameter_names)} tensors, {str(op.dtype)[6:]} on {op.device}",
+            f"  parameters  {op.num_parameters:,} in {len(op.parameter_names)} tensors, "
+            f"{str(op.dtype)[6:]} on {op.device}",
             f"  loss        {loss.kind.replace('_', ' ')}: {meaning}",
             f"  method      {method}: {how}",
             f"  schedule    {schedule}",

@@ -41,9 +41,11 @@ class FixedSchedule:
         return f"every {self.every_n_steps} steps"
 
     def state_dict(self) -> dict[str, Any]:
+        """Plain data for a checkpoint."""
         return {"kind": "fixed", "every_n_steps": self.every_n_steps, "last": self._last}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue; the state of another kind of schedule is left aside."""
         if state.get("kind") == "fixed":
             self._last = int(state["last"])
 
@@ -64,9 +66,7 @@ class LogSchedule:
         ValueError: per_decade < 1, or max_overhead not positive.
     """
 
-    def __init__(
-        self, per_decade: int = 10, max_overhead: float | None = 0.02, total_steps: int | None = None
-    ) -> None:
+    def __init__(self, per_decade: int = 10, max_overhead: float | None = 0.02, total_steps: int | None = None) -> None:
         if isinstance(per_decade, bool) or not isinstance(per_decade, int) or per_decade < 1:
             raise ValueError(f"per_decade must be a positive integer, got {per_decade!r}")
         if max_overhead is not None and not (isinstance(max_overhead, (int, float)) and 0 < max_overhead < math.inf):
@@ -148,6 +148,7 @@ class LogSchedule:
         return f"log-spaced: {self.decision}" if self._decided else "log-spaced, thinned once training steps are timed"
 
     def state_dict(self) -> dict[str, Any]:
+        """Plain data for a checkpoint."""
         return {
             "kind": "log",
             "last": self._last,
@@ -160,6 +161,7 @@ class LogSchedule:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue; the state of another kind of schedule is left aside."""
         if state.get("kind") != "log":
             return
         self._last, self._decided = int(state["last"]), bool(state["decided"])

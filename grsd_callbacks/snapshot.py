@@ -160,4 +160,6 @@ def _fit(data: dict[str, Any]) -> PowerLawFit:
 
 
 def _numbers(value: Any) -> Any:
-    return [_numbers(v) for v in value] if isinstance(value, list) else float(value) if isinstance(value, str) else value
+    return (
+        [_numbers(v) for v in value] if isinstance(value, list) else float(value) if isinstance(value, str) else value
+    )

@@ -72,9 +72,13 @@ TAGS: dict[str, Tag] = {
     "grsd_regime/transport_ratio": Tag(
         "1", "sum |J_b| / sum D_a over the interval: 0 is lazy", _from("summary", "transport_ratio")
     ),
-    "grsd_regime/kernel_drift": Tag("1", "|M - M_0|_F / |M_0|_F since the first measurement", _from("summary", "kernel_drift")),
+    "grsd_regime/kernel_drift": Tag(
+        "1", "|M - M_0|_F / |M_0|_F since the first measurement", _from("summary", "kernel_drift")
+    ),
     "grsd_regime/cka_distance": Tag(
-        "1", "1 - CKA(M, M_0), kernels centred over the probe: change of shape, not of size", _from("summary", "cka_distance")
+        "1",
+        "1 - CKA(M, M_0), kernels centred over the probe: change of shape, not of size",
+        _from("summary", "cka_distance"),
     ),
     "grsd_regime/target_alignment": Tag(
         "1", "y^T M y / (|M|_F |y|^2), y the targets (class indicators, centred)", _from("summary", "target_alignment")
@@ -85,7 +89,9 @@ TAGS: dict[str, Tag] = {
         "1 - |r - (1 - lr M)^k r_old|^2 / |r - r_old|^2",
         _from("summary", "frozen_kernel_share"),
     ),
-    **{f"grsd_exponents/{name}": Tag("1", meaning, _exponent(name, "exponent")) for name, meaning in _EXPONENTS.items()},
+    **{
+        f"grsd_exponents/{name}": Tag("1", meaning, _exponent(name, "exponent")) for name, meaning in _EXPONENTS.items()
+    },
     **{
         f"grsd_bands/{name}_{end}": Tag("1", f"{end} end of the 95 % interval of {name}", _exponent(name, end))
         for name in _EXPONENTS
@@ -120,7 +126,9 @@ TAGS: dict[str, Tag] = {
         "1", "upper end of its 95 % interval", _from("closures", "chi_minus_rho_q_upper")
     ),
     "grsd_transfer/rotation_share": Tag(
-        "1", "sum |rotation flux| / (sum |rotation flux| + sum |drift flux|), instantaneous", _from("summary", "rotation_share")
+        "1",
+        "sum |rotation flux| / (sum |rotation flux| + sum |drift flux|), instantaneous",
+        _from("summary", "rotation_share"),
     ),
     "grsd_transfer/transport_ratio": Tag(
         "1", "sum |J_b| / sum D_a, instantaneous, along the step taken", _from("summary", "instant_transport_ratio")

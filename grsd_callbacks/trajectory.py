@@ -53,10 +53,12 @@ class Trajectory:
         return t[keep], y[keep]
 
     def state_dict(self) -> dict[str, Any]:
+        """The series as plain lists."""
         return {"flow_time": list(self.flow_time), "loss": list(self.loss), "frontier": list(self.frontier)}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Trajectory:
+        """The inverse of `state_dict`."""
         return cls(*([float(x) for x in state[name]] for name in ("flow_time", "loss", "frontier")))
 
 

@@ -57,13 +57,18 @@ class ShellTransfer:
 
     @property
     def transport(self) -> Tensor:
-        """Energy gained by each shell through the motion of the basis: J_a - J_{a+1}, shape (num_shells,); sums to 0."""
+        """Energy each shell gains by the motion of the basis, J_a - J_{a+1}, shape (num_shells,); sums to 0."""
         zero = torch.zeros(1, dtype=torch.float64)
         return torch.cat([zero, self.flux]) - torch.cat([self.flux, zero])
 
 
 def shell_transfer(
-    eigenvalues: Tensor, coefficients: Tensor, velocity: Tensor, grid: ShellGrid, *, width: float | None = None,
+    eigenvalues: Tensor,
+    coefficients: Tensor,
+    velocity: Tensor,
+    grid: ShellGrid,
+    *,
+    width: float | None = None,
     coverage: float = 1.0,
 ) -> ShellTransfer:
     """Transfer matrix and instantaneous flux from eigenvalues, coefficients and the kernel's velocity.
@@ -84,8 +89,8 @@ def shell_transfer(
 
     Cost: k^2 (num_shells + num_edges) multiplications.
 
-    Accuracy: exact for the given velocity. Exactly degenerate pairs use the limit of the divided difference
-        (smooth windows) or lie in one shell and cancel (sharp).
+    Accuracy: exact for the given velocity. Pairs closer than `DEGENERATE` use the limit of the divided difference and
+        count as drift: rotation within an eigenspace has no meaning, and so nothing depends on the basis chosen in it.
 
     Source: THEORY, mode and shell dynamics; Daletskii and Krein 1965.
 
@@ -110,7 +115,7 @@ def shell_transfer(
     flux = torch.stack([_edge_flux(lam, couplings, math.log(e), width) for e in grid.edges.tolist()])
     drift = flux[:, 1] if width is not None else torch.full_like(flux[:, 1], math.nan)
     return ShellTransfer(
-        transfer=_transfer_matrix(lam, couplings, windows, grid, width),
+        transfer=_transfer_matrix(lam, couplings, windows),
         rotation_flux=flux[:, 0],
         drift_flux=drift,
         energy=windows @ (0.5 * g**2),
@@ -122,10 +127,15 @@ def shell_transfer(
 
 def _edge_flux(lam: Tensor, couplings: Tensor, log_edge: float, width: float | None) -> Tensor:
     """(rotation, drift) through one edge."""
-    quotient = _divided_difference(lam, log_edge, width)
-    terms = 0.5 * quotient * couplings
-    drift = terms.diagonal().sum()
-    return torch.stack([terms.sum() - drift, drift])
+    terms = 0.5 * _divided_difference(lam, log_edge, width) * couplings
+    still = _degenerate(lam)
+    return torch.stack([terms[~still].sum(), terms[still].sum()])
+
+
+def _degenerate(lam: Tensor) -> Tensor:
+    """Pairs without a gap, the diagonal among them: their basis is arbitrary, so all their motion counts as drift."""
+    scale = torch.maximum(lam[:, None].abs(), lam[None, :].abs())
+    return (lam[:, None] - lam[None, :]).abs() <= DEGENERATE * scale
 
 
 def _divided_difference(lam: Tensor, log_edge: float, width: float | None) -> Tensor:
@@ -137,39 +147,22 @@ def _divided_difference(lam: Tensor, log_edge: float, width: float | None) -> Te
         return torch.where(gap == 0, torch.zeros_like(gap), (step[:, None] - step[None, :]) / safe)
     positive = lam.clamp_min(torch.finfo(lam.dtype).tiny)
     a = (positive.log() - log_edge) / width
-    # sigmoid(a) - sigmoid(b) = sinh((a - b) / 2) / (2 cosh(a / 2) cosh(b / 2)), without cancellation
-    difference = torch.sigmoid(a)[:, None] * torch.sigmoid(-a)[None, :] * -torch.expm1(a[None, :] - a[:, None])
+    # sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a)) for a >= b, without cancellation or overflow
+    upper, lower = torch.maximum(a[:, None], a[None, :]), torch.minimum(a[:, None], a[None, :])
+    difference = torch.sigmoid(upper) * torch.sigmoid(-lower) * -torch.expm1(lower - upper)
     slope = torch.sigmoid(a) * torch.sigmoid(-a) / (width * positive)
     middle = (slope[:, None] + slope[None, :]) / 2
-    close = gap.abs() <= DEGENERATE * torch.maximum(positive[:, None], positive[None, :])
     both_null = (lam[:, None] <= 0) & (lam[None, :] <= 0)
-    quotient = torch.where(close, middle, difference / safe)
+    quotient = torch.where(_degenerate(lam), middle, difference / safe.abs())
     return torch.where(both_null, torch.zeros_like(quotient), quotient)
 
 
-def _transfer_matrix(lam: Tensor, couplings: Tensor, windows: Tensor, grid: ShellGrid, width: float | None) -> Tensor:
+def _transfer_matrix(lam: Tensor, couplings: Tensor, windows: Tensor) -> Tensor:
     """T_ab = 1/2 sum_ij (W_a(i) W_b(j) - W_a(j) W_b(i)) Omega_ij g_i g_j."""
-    gap = lam[:, None] - lam[None, :]
-    scale = torch.maximum(lam[:, None].abs(), lam[None, :].abs())
-    close = gap.abs() <= DEGENERATE * scale
-    rotation = torch.where(close, torch.zeros_like(gap), couplings / torch.where(close, torch.ones_like(gap), gap))
+    gap, still = lam[:, None] - lam[None, :], _degenerate(lam)
+    rotation = torch.where(still, torch.zeros_like(gap), couplings / torch.where(still, torch.ones_like(gap), gap))
     matrix = windows @ rotation @ windows.T
-    if width is not None:
-        slopes = _window_slopes(lam, grid, width)
-        pairs = torch.where(close, couplings, torch.zeros_like(couplings))
-        pairs = pairs - torch.diag(pairs.diagonal())
-        limit = slopes @ pairs @ windows.T
-        matrix = matrix + 0.5 * (limit - limit.T)
     return (matrix - matrix.T) / 2
-
-
-def _window_slopes(lam: Tensor, grid: ShellGrid, width: float) -> Tensor:
-    """dW_a / dlambda, shape (num_shells, k)."""
-    positive = lam.clamp_min(torch.finfo(lam.dtype).tiny)
-    a = (positive.log()[None, :] - grid.edges.log()[:, None]) / width
-    slopes = torch.sigmoid(a) * torch.sigmoid(-a) / (width * positive)
-    zero = torch.zeros_like(slopes[:1])
-    return torch.cat([zero, slopes]) - torch.cat([slopes, zero])
 
 
 # -- the kernel's velocity -------------------------------------------------------------------------------

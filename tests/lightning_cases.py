@@ -132,10 +132,13 @@ class Embedded(nn.Module):
 # ---- LightningModules ----
 
 
+DESCENT = partial(torch.optim.SGD, lr=0.1)
+
+
 class Module(pl.LightningModule):
     """One net, one loss, plain training step."""
 
-    def __init__(self, net, criterion, optimizer=partial(torch.optim.SGD, lr=0.1)):
+    def __init__(self, net, criterion, optimizer=DESCENT):
         super().__init__()
         self.net, self.criterion, self.make_optimizer = net, criterion, optimizer
 

@@ -60,6 +60,9 @@ GOLDEN = {
     "grsd_work/total": STEPS,
 }
 TEXTS = {"grsd_run/meaning": [0], "grsd_run/report": [0], "grsd_run/summary": [4]}
+DRAWN = ("dissipation", "effective_lr", "energy", "flux", "loss", "spectrum")
+FIGURES = {f"grsd_figures/{name}": [4] for name in DRAWN}
+LAYOUT = "custom_scalars__config__"
 HISTOGRAMS = {f"grsd_histograms/{name}": ALL for name in ("count", "energy", "dissipation")}
 
 
@@ -77,7 +80,7 @@ def callback(**options):
 
 
 def events(trainer):
-    sizes = {"scalars": 0, "tensors": 0, "histograms": 0}
+    sizes = {"scalars": 0, "tensors": 0, "histograms": 0, "images": 0}
     return EventAccumulator(trainer.log_dir, size_guidance=sizes).Reload()
 
 
@@ -116,16 +119,17 @@ def test_golden_list_of_tags_and_steps(run):
     assert counts == {tag: len(steps) for tag, steps in GOLDEN.items()}  # nothing is written twice
 
 
-def test_golden_list_of_texts_and_histograms(run):
+def test_golden_list_of_texts_histograms_and_figures(run):
     read = run[3]
-    texts = {tag: [e.step for e in read.Tensors(f"{tag}/text_summary")] for tag in TEXTS}
-    assert texts == TEXTS and len(read.Tags()["tensors"]) == len(TEXTS)
+    tensors = {tag.removesuffix("/text_summary"): [e.step for e in read.Tensors(tag)] for tag in read.Tags()["tensors"]}
+    assert tensors == {**TEXTS, LAYOUT: [0]}
     assert {tag: [e.step for e in read.Histograms(tag)] for tag in read.Tags()["histograms"]} == HISTOGRAMS
+    assert {tag: [e.step for e in read.Images(tag)] for tag in read.Tags()["images"]} == FIGURES
 
 
 def test_every_tag_is_explained(run):
     card = tags.meaning_card()
-    for tag in [*GOLDEN, *HISTOGRAMS]:
+    for tag in [*GOLDEN, *HISTOGRAMS, *FIGURES]:
         assert f"`{re.sub('/s[0-9]+$', '/<shell>', tag)}`" in card
     text = run[3].Tensors("grsd_run/meaning/text_summary")[0].tensor_proto.string_val[0].decode()
     assert text == card

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import lightning_cases as cases
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 
 import grsd_callbacks.callbacks
@@ -25,6 +25,7 @@ class Case(NamedTuple):
     data: Callable[[], Any] = cases.classes
     trainer: dict = {}
     callback: dict = {}
+    tensorboard: bool = False
 
 
 def classifier(net, module=cases.Module, **options):
@@ -49,6 +50,8 @@ CASES = {
     "bf16-mixed": Case(classifier(cases.bn_dropout), trainer={"precision": "bf16-mixed"}),
     "float64": Case(classifier(cases.bn_dropout), trainer={"precision": "64-true"}),
     "krylov": Case(classifier(cases.bn_dropout), callback={"method": "krylov", "num_matvecs": 8}),
+    "event files and figures": Case(classifier(cases.bn_dropout), tensorboard=True),
+    "transfer": Case(classifier(cases.bn_dropout), callback={"transfer": True}),
     "pairs": Case(classifier(cases.bn_dropout), callback={"every_n_steps": 4, "pair": True}),
     "draws in eval mode": Case(classifier(cases.Drawing)),
     "layer kept in eval mode": Case(classifier(cases.bn_dropout, module=cases.FrozenNorm)),
@@ -59,12 +62,13 @@ CASES = {
 
 
 def run(case, callbacks=()):
-    """(image, callback) of one training run from the same seed."""
+    """Image of one training run, always from the same seed."""
     with TemporaryDirectory() as folder:
         cases.seed()
         module, data = case.module(), case.data()
-        options = {"logger": CSVLogger(folder, name="", version=0), **case.trainer}
-        trainer = cases.fit(module, data, folder, callbacks, **options)
+        loggers = [CSVLogger(folder, name="", version=0)]
+        loggers += [TensorBoardLogger(folder, name="events")] if case.tensorboard else []
+        trainer = cases.fit(module, data, folder, callbacks, logger=loggers, **case.trainer)
         return cases.image(trainer, module)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from grsd_callbacks.functional import ModelFunction
 from grsd_callbacks.gram.capture import Record, Uses
-from grsd_callbacks.layers import Call
+from grsd_callbacks.layers import Call, products
 from grsd_callbacks.losses import wide_dtype
 
 #: allowed relative error of J_p^T v, and of v^T K v = |J^T v|^2, by dtype of the model
@@ -50,7 +50,7 @@ class Reference:
 def random_like(x: Tensor, seed: int) -> Tensor:
     """Standard normal numbers from a private generator, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device, x.dtype)
+    return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype).to(x.device)
 
 
 def checked(record: Record, function: ModelFunction, memory_limit: int) -> tuple[Reference, Uses]:
@@ -141,11 +141,14 @@ def _pulled(
         rows = call.diagonal(role, g, slice(None), n)
         return rows.sum((0, 1)).reshape(shape), float(g.norm())
     total, size = g.new_zeros(call.G, call.q, call.p), 0.0
-    step = max(1, max_patches // max(1, call.T * call.G * call.p))
+    step = max(1, max_patches // max(1, call.G * call.p * (max(call.T, call.q) if call.T > 1 else 1)))
     for i in range(0, n, step):
         samples = slice(i, min(i + step, n))
-        left, right = call.left(samples, n), call.right(g[samples])[:, 0]
-        total = total + torch.einsum("igtq,igtp->gqp", right, left)
+        left, right = call.left(samples, n), call.right(g[samples])
+        if call.T > 1:
+            total += products(right, left).sum((0, 1))
+        else:
+            total[0] += right[:, 0, 0, 0].T @ left[:, 0, 0]
         size += float(left.norm()) * float(right.norm())
     return call.weight_shaped(total, shape), size
 

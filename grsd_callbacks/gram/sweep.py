@@ -18,7 +18,7 @@ from grsd_callbacks.probe import take
 OVERHEAD_BOUND = {"cpu": 2**16}
 _OVERHEAD_BOUND_ELSEWHERE = 2**22
 #: columns held at a time, at least, for terms that multiply them with the forward's factor
-_COLUMNS_TO_MULTIPLY = 10
+_COLUMNS_TO_MULTIPLY = 4
 
 
 class Irregular(RuntimeError):
