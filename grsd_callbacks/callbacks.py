@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,8 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         self._resolved = resolve_loss(auto_loss(pl_module) if self._loss == "auto" else self._loss, self._nu)
         self._sinks = [LoggerSink(logger) for logger in trainer.loggers]
         self._sinks += json_lines_sink(self._json_lines, folder, trainer, self.name)
+        if not self._sinks and not getattr(trainer, "fast_dev_run", False):
+            warn("grsd: the Trainer has no logger; measurements are kept in callback.history only.")
         if any(isinstance(p, UninitializedParameter) for p in pl_module.parameters()):
             return
         select_parameters(pl_module, self._settings["params"])
@@ -261,6 +264,10 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         if self._resume is not None:
             monitor.load_state_dict(self._resume)
             self._resume = None
+        elif self._json_lines == "auto":
+            for sink in self._sinks:  # a new run in a folder that another run has used
+                if isinstance(sink, JSONLinesSink):
+                    sink.path = unused_path(sink.path)
         return monitor
 
     def _auto_probe(self, trainer: Any, pl_module: nn.Module, batch: Any) -> Probe:
@@ -308,7 +315,8 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
 
 def step_axis(trainer: Any) -> int:
     """The step at which Lightning draws the user's own curves of the coming batch (private counter)."""
-    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+    counter = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", None)
+    return int(trainer.global_step if counter is None else counter)
 
 
 def _prepared(trainer: Any, pl_module: Any, batch: Any) -> Any:
@@ -366,6 +374,12 @@ def json_lines_sink(where: str | None, folder: str | None, trainer: Any, name: s
         return []
     Path(folder).mkdir(parents=True, exist_ok=True)
     return [JSONLinesSink(Path(folder) / (f"grsd_{name}.jsonl" if name else JSON_LINES))]
+
+
+def unused_path(path: Path) -> Path:
+    """The path itself, or the first of `name_1.jsonl`, `name_2.jsonl`, ... that does not exist."""
+    candidates = (path.with_name(f"{path.stem}_{k}{path.suffix}") for k in itertools.count(1))
+    return path if not path.exists() else next(p for p in candidates if not p.exists())
 
 
 def _total_steps(trainer: Any) -> int | None:

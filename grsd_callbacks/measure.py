@@ -73,7 +73,7 @@ class Settings:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         if self.dtype not in (None, torch.float32, torch.float64):
             raise ValueError(f"dtype must be torch.float32, torch.float64 or None, got {self.dtype!r}")
-        if self.memory_limit is not None and not self.memory_limit > 0:
+        if self.memory_limit is not None and not (isinstance(self.memory_limit, int) and self.memory_limit > 0):
             raise ValueError(f"memory_limit must be a positive number of bytes, got {self.memory_limit!r}")
 
 
@@ -167,6 +167,8 @@ def _measured(
     if not bool(torch.isfinite(r.residual).all() & torch.isfinite(r.loss)):
         raise BadState("the outputs or the loss on the probe are NaN or Inf")
     grad_norm_sq = _squared_gradient(op, probe, loss)
+    if not math.isfinite(grad_norm_sq):
+        raise BadState("the gradient of the loss on the probe is NaN or Inf")
     method = choose_method(settings.method, op)
     if method == "randomized":
         found = _randomized(op, r, settings, grid, start)

@@ -1,6 +1,7 @@
 """The callback end to end: closures on real nets, the probe it finds by itself, the loss it recognises, its hooks."""
 
 import math
+import warnings
 from functools import partial
 
 import lightning.pytorch as pl
@@ -14,7 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sequenti
 
 import grsd_callbacks.callbacks
 from grsd_callbacks import MeasurementWarning, ShellDynamicsCallback
-from grsd_callbacks.callbacks import auto_loss
+from grsd_callbacks.callbacks import auto_loss, unused_path
 
 DOUBLE = torch.float64
 IMAGES, LABELS = cases.digits(16, DOUBLE)
@@ -221,7 +222,7 @@ class Recorded(cases.Module):
 def probe_of(folder, data, module=None, **options):
     cases.seed()
     module = module or Recorded(cases.mlp(), nn.CrossEntropyLoss())
-    callback = ShellDynamicsCallback(**{"every_n_steps": 4, **options})
+    callback = ShellDynamicsCallback(**{"every_n_steps": 4, "json_lines": str(folder / "own.jsonl"), **options})
     cases.fit(module, data, folder, [callback], max_epochs=1)
     assert callback.monitor.num_failed == 0
     return callback.monitor.probe, module
@@ -471,3 +472,19 @@ def test_length_of_a_run_is_unknown_for_a_stream(tmp_path):
     cases.fit(module, DataLoader(Endless(), 16), tmp_path, [callback], max_epochs=2)
     assert callback.monitor.schedule.total_steps is None and callback.history[-1].step == 8
     assert math.isfinite(callback.history[-1].cost["overhead_percent"])
+
+
+def test_no_logger_is_one_warning_unless_json_lines_are_given(tmp_path):
+    with pytest.warns(MeasurementWarning, match="no logger; measurements are kept in callback.history only"):
+        probe_of(tmp_path, cases.classes(), json_lines="auto")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", module="lightning")
+        probe_of(tmp_path, cases.classes())
+    assert (tmp_path / "own.jsonl").exists()
+
+
+def test_a_new_run_does_not_append_to_another_runs_lines(tmp_path):
+    assert unused_path(tmp_path / "grsd.jsonl") == tmp_path / "grsd.jsonl"
+    (tmp_path / "grsd.jsonl").touch()
+    assert unused_path(tmp_path / "grsd.jsonl") == tmp_path / "grsd_1.jsonl"

@@ -36,7 +36,8 @@ def random_state(seed, m=12, rank=None):
 
 def closes(found, before, after, grid, tol=1e-12, width=None):
     """Sums to zero, flux is its running sum, and (A - B)/dt = transport - dissipation shell by shell."""
-    change = (after.energies(after.residual, grid, width)[0] - before.energies(before.residual, grid, width)[0]) / found.dt
+    ends = [state.energies(state.residual, grid, width)[0] for state in (before, after)]
+    change = (ends[1] - ends[0]) / found.dt
     size = float(change.abs().sum() + found.transport.abs().sum() + found.dissipation.abs().sum())
     assert float(found.transport.sum().abs()) <= tol * size
     assert float((change - found.transport + found.dissipation).abs().max()) <= tol * size
@@ -79,7 +80,8 @@ def test_without_motion_of_the_basis_there_is_no_transport():
 def test_zero_residual_moves_nothing():
     state = random_state(3)
     nothing = KernelState(state.eigenvalues, state.vectors, 0 * state.residual)
-    found = four_corner_flux(nothing, KernelState(*torch.linalg.eigh(torch.eye(12).double()), 0 * state.residual), GRID, 1.0)
+    still_nothing = KernelState(*torch.linalg.eigh(torch.eye(12).double()), nothing.residual)
+    found = four_corner_flux(nothing, still_nothing, GRID, 1.0)
     assert float(found.flux.abs().sum()) == 0.0 and found.coverage == 1.0
 
 
@@ -220,7 +222,7 @@ def test_two_layer_linear_drift_is_upward_and_the_transport_model_downward():
 
 
 def test_lazy_and_rich_limits():
-    """Problem 4, when half is learned: with f ~ 1 fixed, drift over dissipation falls as 1/c^2; of order one at c ~ 0."""
+    """Problem 4, with half of f learned: drift over dissipation is of order one for c ~ 0 and falls as 1/c^2."""
     ratios = []
     for first in (0.1, 6.0, 12.0):
         system = known.ScalarProduct(first, 0.05, 1.0)

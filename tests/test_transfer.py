@@ -1,10 +1,10 @@
-"""Instantaneous flux against exact systems and against the four-corner flux; the kernel's velocity against differences."""
+"""Instantaneous flux against exact systems and the four-corner flux; the kernel's velocity against differences."""
 
 import math
 
 import pytest
 import torch
-from nets import MAIN, Embedded, Transformer, cnn, jacobian, mlp, orthogonal, randint, randn, relative, seeded, zoo
+from nets import MAIN, Embedded, cnn, jacobian, mlp, orthogonal, randint, randn, relative, seeded, zoo
 from torch import nn
 
 from grsd_callbacks import testing as known
@@ -20,7 +20,8 @@ GRID = ShellGrid.logarithmic(1e-3, 10.0)
 def of_system(system, t, edges, width=None):
     lam, U = torch.linalg.eigh(system.kernel(t))
     velocity = U.T @ system.kernel_velocity(t) @ U
-    return shell_transfer(lam, U.T @ system.residual(t), velocity, ShellGrid(torch.as_tensor(edges, dtype=torch.float64)), width=width)
+    grid = ShellGrid(torch.as_tensor(edges, dtype=torch.float64))
+    return shell_transfer(lam, U.T @ system.residual(t), velocity, grid, width=width)
 
 
 def random_case(seed=0, m=14):
@@ -90,7 +91,8 @@ def test_any_basis_of_a_degenerate_eigenspace_gives_the_same():
         a = shell_transfer(lam, g, velocity, GRID, width=width)
         b = shell_transfer(lam, turn.T @ g, turn.T @ velocity @ turn, GRID, width=width)
         torch.testing.assert_close(a.transfer, b.transfer, rtol=0, atol=1e-12)
-        torch.testing.assert_close(a.rotation_flux if width is None else a.flux, b.rotation_flux if width is None else b.flux)
+        torch.testing.assert_close(a.rotation_flux, b.rotation_flux, rtol=0, atol=1e-12)
+        torch.testing.assert_close(a.drift_flux, b.drift_flux, rtol=0, atol=1e-12, equal_nan=True)
 
 
 def test_null_space_and_rounding_below_zero():
@@ -177,7 +179,8 @@ def test_smooth_energy_changes_by_transport_minus_dissipation(name):
     found, h = of_system(system, t, edges, 0.4), 1e-3 * t
     step = [system.energy(t + k * h, edges, 0.4) for k in (-2, -1, 1, 2)]
     rate = (8 * (step[2] - step[1]) - (step[3] - step[0])) / (12 * h)
-    torch.testing.assert_close(rate, found.transport - found.dissipation, rtol=0, atol=1e-6 * float(found.dissipation.sum()))
+    slack = 1e-6 * float(found.dissipation.sum())
+    torch.testing.assert_close(rate, found.transport - found.dissipation, rtol=0, atol=slack)
 
 
 # ---- the kernel's velocity ----
@@ -204,7 +207,7 @@ def test_double_backward_equals_central_differences(name):
     assert relative(double, double.T) < 1e-14
     whole = kernel_velocity(op, v)
     assert relative(V.T @ whole @ V, double) < 1e-6
-    torch.testing.assert_close(kernel_velocity(op, v, method="double_backward"), whole, rtol=1e-5, atol=1e-6 * float(whole.norm()))
+    assert relative(kernel_velocity(op, v, method="double_backward"), whole) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "transformer"])
@@ -406,7 +409,7 @@ def test_kink_gap_of_no_change():
             "shapes \\(3,\\) and \\(3, 3\\), got \\(2,\\)",
         ),
         (lambda: shell_transfer(torch.ones(3), torch.ones(3), torch.ones(3, 2), GRID), "and \\(3, 2\\)"),
-        (lambda: kernel_velocity(NTKOperator(mlp(), randn(7, 5)), torch.zeros(147), method="jvp"), "method must be one of"),
+        (lambda: kernel_velocity(NTKOperator(mlp(), randn(7, 5)), torch.zeros(147), method="jvp"), "method must be"),
         (lambda: kernel_velocity(NTKOperator(mlp(), randn(7, 5)), torch.zeros(3)), "shape \\(147,\\), got \\(3,\\)"),
         (
             lambda: kernel_velocity(NTKOperator(mlp(), randn(7, 5)), torch.zeros(147), torch.zeros(7, 2)),
@@ -417,7 +420,3 @@ def test_kink_gap_of_no_change():
 def test_refusals(make, message):
     with pytest.raises(ValueError, match=message):
         make()
-
-
-def test_the_transformer_of_these_tests_normalises():
-    assert isinstance(Transformer().first, nn.LayerNorm) and any(isinstance(m, nn.GroupNorm) for m in cnn().modules())
