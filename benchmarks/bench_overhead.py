@@ -35,20 +35,20 @@ class Stopwatch(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.start = time.perf_counter()
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.seconds = time.perf_counter() - self.start
 
 
 def run(name: str, steps: int, measure: bool, logdir: Path) -> tuple[float, grsd.ShellDynamicsCallback | None]:
     """Seconds of training and the callback, if there was one."""
     watch = Stopwatch()
-    found = digits.train(name, steps, logdir, None, measure=measure, quiet=True, extra=[watch])
+    found = digits.train(name, steps, logdir, None, measure=measure, quiet=True, extra=[watch], figures=False)
     return watch.seconds, found["callback"]
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--logdir", type=Path, default=Path("logs/bench"))
     parser.add_argument("--out", type=Path, default=RESULTS / "overhead.json")

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import grsd_callbacks as grsd
 
 NUM_CLASSES = 10
+STEPS = {"squared": 15_000, "cross_entropy": 6_000}
 
 
 class Net(L.LightningModule):
@@ -78,6 +79,7 @@ def train(
     measure: bool,
     quiet: bool,
     extra: Sequence[L.Callback] = (),
+    figures: bool = True,
 ) -> dict:
     """Train one of the two nets, with or without the callback."""
     x, labels = digits()
@@ -88,7 +90,7 @@ def train(
     else:
         y, module = labels, Net(cnn(), nn.CrossEntropyLoss(), lr=1e-3, adam=True)
     loader = DataLoader(TensorDataset(x, y), batch_size=128, shuffle=True)
-    callback = grsd.ShellDynamicsCallback(every_n_steps=every_n_steps) if measure else None
+    callback = grsd.ShellDynamicsCallback(every_n_steps=every_n_steps, figures=figures) if measure else None
     trainer = L.Trainer(
         max_steps=steps,
         accelerator="cpu",
@@ -105,7 +107,7 @@ def train(
 
 def main(argv: Sequence[str] | None = None) -> dict[str, grsd.ShellDynamicsCallback]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=6000, help="optimizer steps of each net")
+    parser.add_argument("--steps", type=int, default=None, help="optimizer steps of each net")
     parser.add_argument("--logdir", type=Path, default=Path("logs"), help="where TensorBoard's files go")
     parser.add_argument("--every-n-steps", type=int, default=None, help="fixed cadence instead of the default schedule")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -115,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, grsd.ShellDynamicsCallb
     callbacks = {}
     for name, title in (("squared", "MLP, squared loss, SGD"), ("cross_entropy", "CNN, cross-entropy, Adam")):
         print(f"\n=== {title} ===", flush=True)
-        run = train(name, args.steps, args.logdir, args.every_n_steps, measure=True, quiet=args.quiet)
+        run = train(name, args.steps or STEPS[name], args.logdir, args.every_n_steps, measure=True, quiet=args.quiet)
         callbacks[name] = run["callback"]
         print(run["callback"].monitor.report)
         print(f"  decided     {run['callback'].monitor.schedule.describe()}")

@@ -182,10 +182,8 @@ class NTKOperator:
     def flatten(self, tensors: list[Tensor | None]) -> Tensor:
         """One (P,) vector from one tensor per parameter, in the order of `parameter_names`; None is zero."""
         parts = [
-            torch.zeros(p.numel(), dtype=self.dtype, device=self.device)
-            if t is None
-            else _dense(t.detach()).reshape(-1)
-            for t, p in zip(tensors, self.function.parameters.values(), strict=True)
+            torch.zeros(p.numel(), dtype=self.dtype, device=self.device) if t is None else t.detach().reshape(-1)
+            for t, p in zip(map(_dense, tensors), self.function.parameters.values(), strict=True)
         ]
         return torch.cat(parts)
 

@@ -65,6 +65,10 @@ def test_identities_hold_for_incomplete_bases(ranks):
     closes(found, before, after, GRID, width=GRID.width / 2)
     assert 0 < found.coverage < 1
     energies, held = before.energies(before.residual, GRID)
+    outside = float(before.residual.square().sum() / 2 - 0.5 * (before.vectors.T @ before.residual).square().sum())
+    assert float(energies[0]) >= outside - 1e-13  # what no vector holds is put in the underflow shell
+    known_part = GRID.collect(before.eigenvalues, 0.5 * (before.vectors.T @ before.residual) ** 2)
+    torch.testing.assert_close(energies[1:], known_part[1:], rtol=0, atol=1e-14)
     assert float(energies.sum()) == pytest.approx(float(before.residual.square().sum()) / 2, rel=1e-13)
     expected = float((before.vectors.T @ before.residual).square().sum() / before.residual.square().sum())
     assert held == pytest.approx(expected, rel=1e-12)
@@ -232,6 +236,32 @@ def test_lazy_and_rich_limits():
         ratios.append(float(found.flux[1] / found.dissipation.sum()))
     assert ratios[0] > 0.1 and ratios[1] < 1e-3
     assert ratios[1] / ratios[2] == pytest.approx(16.0, rel=0.2)  # lambda'/lambda^2 ~ 1/c^2 and c ~ first^2
+
+
+NETS = ("transport", "two-layer linear", "scalar lazy", "scalar rich", "diagonal rich", "feature learning")
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_training_the_networks_shows_the_exact_flux(name):
+    """The whole chain: nn.MSELoss, descent with a small step, measure() at both ends; first order in the step."""
+    system, edges, _ = SYSTEMS[name]
+    model, x, y, lr = system.model(), system.inputs, system.targets, 1e-3
+    if name == "two-layer linear":
+        assert system.nu == 1.0  # so the loss is (1/2) |f - y|^2, not its mean
+    loss = resolve_loss(lambda f, t: system.nu / 2 * (f - t).square().sum())
+    loss = type(loss)(loss.function, "squared", system.nu)
+    grid = ShellGrid(torch.tensor(edges))
+    before = measure(model, Probe(x, y), loss, grid=grid)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    for _ in range(50):
+        optimizer.zero_grad()
+        loss.function(model(x), y).backward()
+        optimizer.step()
+    after = measure(model, Probe(x, y), loss, grid=grid)
+    found = four_corner_flux(before.state, after.state, grid, 50 * lr, width=0.4)
+    exact = system.flux(25 * lr, grid.edges, 0.4)
+    assert relative(found.flux, exact) < 0.02
+    assert float(exact.abs().max()) > 1e-6
 
 
 # ---- nulls ----

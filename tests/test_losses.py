@@ -79,7 +79,8 @@ def test_single_precision_outputs_are_widened():
     f = randn(4, 2).float()
     at = resolve_loss("mse").evaluate(f, randn(4, 2, seed=5).float())
     assert at.residual.dtype == torch.float64
-    assert resolve_loss(nn.CrossEntropyLoss(weight=torch.ones(2))).evaluate(f, randint(2, 4)).loss.dtype == torch.float64
+    weighted = resolve_loss(nn.CrossEntropyLoss(weight=torch.ones(2)))
+    assert weighted.evaluate(f, randint(2, 4)).loss.dtype == torch.float64
 
 
 # ---- callables: nu from the curvature ----

@@ -83,6 +83,17 @@ def test_nearly_degenerate_pairs_are_continuous(gap):
     torch.testing.assert_close(found.transfer, -found.transfer.T, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("gap", [1e-2, 1e-4, 1e-6])
+def test_close_pairs_astride_an_edge_rotate(gap):
+    edge = float(GRID.edges[5])
+    lam = torch.tensor([edge * (1 - gap / 2), edge * (1 + gap / 2), 3.0], dtype=torch.float64)
+    _, g, velocity = random_case(1, m=3)
+    found = shell_transfer(lam, g, velocity, GRID)
+    exact = known.exact_transfer(torch.diag(lam), velocity, g, GRID.edges)
+    torch.testing.assert_close(found.transfer, exact, rtol=1e-9, atol=1e-9)
+    assert abs(float(found.transfer[6, 5])) > 0.1 / gap * abs(float(velocity[0, 1] * g[0] * g[1]) / edge)
+
+
 def test_any_basis_of_a_degenerate_eigenspace_gives_the_same():
     lam = torch.tensor([0.02, 0.5, 0.5, 0.5, 2.0], dtype=torch.float64)
     _, g, velocity = random_case(2, m=5)

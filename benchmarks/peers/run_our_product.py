@@ -1,0 +1,41 @@
+"""Ours: one product on a retained graph, the path of J w given or chosen, and one gradient beside it.
+
+Every run makes its own operator; its first product pays the set-up: copies, graphs and (path "auto") the trial of paths.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.peers import products, torch_case, worker
+from benchmarks.timing import seconds
+
+
+def prepare(spec: dict[str, Any]) -> worker.Run:
+    """Products run in one session, as in a measurement."""
+    from grsd_callbacks.kernel import FORWARD_PATHS, NTKOperator
+
+    net, x = torch_case.net_and_inputs(spec)
+    device, path = str(x.device), spec.get("path", "auto")
+    v = products.start_vector(net(x).numel(), device)
+    unit = products.gradient(net, spec)
+
+    def run() -> worker.Result:
+        held: list[NTKOperator] = []
+
+        def first() -> None:
+            held.append(NTKOperator(net, x, forward=path))
+            held[0].run(lambda: held[0] @ v)
+
+        first_seconds, peak = worker.peak_of(lambda: seconds(first, device), device)
+        op = held[0]
+        result, figures = products.figures(unit, lambda: op @ v, device, op.run)
+        figures["product_bytes"] += peak  # what the operator keeps counts
+        chosen = FORWARD_PATHS.index(op.forward_path)
+        return result, figures | {"first_seconds": first_seconds, "path": float(chosen)}
+
+    return run
+
+
+if __name__ == "__main__":
+    worker.serve(prepare)
