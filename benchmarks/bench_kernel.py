@@ -9,6 +9,7 @@ is extrapolated.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -19,8 +20,8 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks import common, nets  # noqa: E402
-from benchmarks.peers.launch import Worker  # noqa: E402
+from benchmarks import common, nets
+from benchmarks.peers.launch import Worker
 
 #: method -> script in peers/, and which interpreter it needs
 METHODS = {
@@ -56,6 +57,11 @@ class Case:
         """m = n C."""
         sizes = nets.sizes_of(self.net, self.scale, **dict(self.sizes))
         return self.n * sizes.get("outputs", sizes.get("vocabulary", 1))
+
+    @property
+    def num_parameters(self) -> int:
+        """P."""
+        return sum(p.numel() for p in nets.build(self.net, self.scale, **dict(self.sizes)).parameters())
 
 
 CASES: dict[str, dict[str, Case]] = {
@@ -105,7 +111,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
                 report(results[-1])
         scaling = {} if args.cases else {what: grown(cases, args) for what, cases in SCALING[args.size].items()}
     for what, found in scaling.items():
-        print(f"ours in {what} {found['values']}: {[common.number(s) for s in found['seconds']]} s, slope {found['slope']:.2f}")
+        taken = ", ".join(common.number(s) for s in found["seconds"])
+        print(f"ours in {what} {found['values']}: {taken} s, slope {found['slope']:.2f}")
     return common.save(args, results, scaling=scaling)
 
 
@@ -163,7 +170,11 @@ def store_weights(case: Case, path: Path) -> None:
     """The MLP and its inputs, for interpreters without torch."""
     net = nets.build(case.net, case.scale, **dict(case.sizes))
     linear = [layer for layer in net if hasattr(layer, "weight")]
-    arrays = {f"{kind}{i}": getattr(layer, kind).detach().numpy() for i, layer in enumerate(linear) for kind in ("weight", "bias")}
+    arrays = {
+        f"{kind}{i}": getattr(layer, kind).detach().numpy()
+        for i, layer in enumerate(linear)
+        for kind in ("weight", "bias")
+    }
     inputs = nets.batch(case.net, case.scale, max(case.n, 2), **dict(case.sizes)).inputs[: case.n]
     np.savez(path, inputs=inputs.numpy(), **arrays)
 
@@ -220,12 +231,14 @@ def best_peer(found: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
 
 def report(found: dict[str, Any]) -> None:
     """Print one case."""
-    print(f"\n{found['case']}: n = {found['n']}, m = {found['m']}  (kernel in float64: {8e-6 * found['m'] ** 2:.1f} MB)")
+    matrix = common.megabytes(8 * found["m"] ** 2)
+    print(f"\n{found['case']}: n = {found['n']}, m = {found['m']}  (the kernel itself in float64: {matrix})")
     rows = [row(method, x) for method, x in found["methods"].items()]
     print(common.table(("method", "seconds", "runs", "/ ours", "cpu / ours", "memory", "error", ""), rows))
     if found["best_peer"]:
         best = found["best_peer"]
-        print(f"best right PyTorch peer: {best['method']}; ours {best['speed_up']:.2f} times faster in {best['our_memory_over_its']:.2f} of its memory")
+        gain, share = best["speed_up"], best["our_memory_over_its"]
+        print(f"best right PyTorch peer: {best['method']}; ours {gain:.2f} times faster in {share:.2f} of its memory")
     sys.stdout.flush()
 
 
@@ -267,7 +280,7 @@ def grown(cases: list[Case], args: argparse.Namespace) -> dict[str, Any]:
         "values": values,
         "seconds": taken,
         "peak_bytes": [w.figures[0]["peak_bytes"] if w.figures else None for w in workers],
-        "slope": common.slope(values, taken),
+        "slope": common.slope(values, taken) if all(math.isfinite(s) for s in taken) else math.nan,
     }
 
 

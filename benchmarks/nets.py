@@ -1,4 +1,4 @@
-"""The benchmarks' networks and data, from private random streams; torch alone, so that peers' interpreters build the same.
+"""The benchmarks' networks and data, from private random streams. Torch alone: peers' interpreters build the same.
 
     mlp         784-512-512-10, ReLU, squared loss                                  0.67 M parameters
     curve       1-64-64-1, tanh, squared loss: the deepest spectrum                  4 K
@@ -34,7 +34,7 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
 }
 
 
-def mlp(inputs: int, width: int, depth: int, outputs: int, activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
+def mlp(inputs: int, width: int, depth: int, outputs: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
     """`depth` hidden layers of `width`."""
     layers: list[nn.Module] = []
     for _ in range(depth):

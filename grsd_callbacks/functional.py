@@ -67,7 +67,7 @@ class ModelFunction:
         selected = select_parameters(model, params)
         self.model = model
         self.mode = mode
-        self._extract = outputs
+        self.extract = outputs
         self._target = dtype or _working_dtype(selected.values())
         self._inside = False
         self.parameters = {name: self._copy(p).requires_grad_() for name, p in selected.items()}
@@ -123,7 +123,7 @@ class ModelFunction:
 
     def outputs(self, inputs: Any, parameters: dict[str, Tensor] | None = None) -> Tensor:
         """f, shape (n, ...), differentiable in the copies. Call inside `run`."""
-        return as_outputs(self.raw(inputs, parameters), self._extract)
+        return as_outputs(self.raw(inputs, parameters), self.extract)
 
     def _call(self, parameters: dict[str, Tensor], function: Callable[[], T]) -> T:
         tensors = {f"model.{name}": t for name, t in {**self._constants, **parameters}.items()}

@@ -168,7 +168,7 @@ class NTKOperator:
 
     def gram(self, *, memory_limit: int | None = None) -> Tensor:
         """The exact J J^T, shape (m, m), float64, symmetric (see `exact_gram` for cost and accuracy)."""
-        limits = {} if memory_limit is None else {"memory_limit": memory_limit}
+        limits: dict[str, Any] = {} if memory_limit is None else {"memory_limit": memory_limit}
         return exact_gram(self.function, self.inputs, **limits).matrix
 
     def release(self) -> None:

@@ -140,8 +140,9 @@ def _module_loss(loss: nn.MSELoss | nn.CrossEntropyLoss, nu: float | None) -> Lo
     if loss.reduction == "none":
         raise ValueError(f"loss: {type(loss).__name__}(reduction='none') has no scalar value; use 'mean' or 'sum'")
     function = copy.deepcopy(loss)
-    if getattr(function, "weight", None) is not None:
-        function.weight = function.weight.detach().to(wide_dtype(function.weight.device))
+    weight = getattr(function, "weight", None)
+    if isinstance(weight, Tensor):
+        function.weight = weight.detach().to(wide_dtype(weight.device))
     return Loss(function, "squared" if isinstance(loss, nn.MSELoss) else "cross_entropy", nu)
 
 

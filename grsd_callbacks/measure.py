@@ -17,6 +17,7 @@ from grsd_callbacks.functional import ParameterFilter
 from grsd_callbacks.gram import exact_gram
 from grsd_callbacks.kernel import NTKOperator, synchronise
 from grsd_callbacks.losses import Loss, Residual, check_pair, wide_dtype, widened
+from grsd_callbacks.method import method_by_size
 from grsd_callbacks.probe import Probe
 from grsd_callbacks.randomized import randomized_eigenpairs
 from grsd_callbacks.shells import ShellBudget, ShellGrid, shell_budget, top_budget
@@ -29,8 +30,6 @@ from grsd_callbacks.spectrum import (
 )
 
 METHODS = ("auto", "exact", "krylov", "randomized")
-#: largest m = n C for which "auto" takes the exact kernel, by device type
-MAX_EXACT = {"cpu": 1024, "cuda": 4096}
 #: decades of headroom above lambda_max of the first measurement, and the deepest grid
 HEADROOM, MAX_DECADES = 2.0, 12.0
 
@@ -191,10 +190,8 @@ def _measured(
 
 
 def choose_method(method: str, op: NTKOperator) -> str:
-    """ "exact" while m is small enough for the device, else "krylov"."""
-    if method != "auto":
-        return method
-    return "exact" if op.shape[0] <= MAX_EXACT.get(op.device.type, 1024) else "krylov"
+    """The method itself, or for "auto" the one that m and the device suggest."""
+    return method_by_size(op) if method == "auto" else method
 
 
 def default_grid(largest: float, smallest: float, floor: float, per_decade: int) -> ShellGrid:
@@ -209,7 +206,7 @@ def default_grid(largest: float, smallest: float, floor: float, per_decade: int)
 
 
 def _exact(op: NTKOperator, r: Residual, settings: Settings, grid: ShellGrid | None) -> dict[str, Any]:
-    limits = {} if settings.memory_limit is None else {"memory_limit": settings.memory_limit}
+    limits: dict[str, Any] = {} if settings.memory_limit is None else {"memory_limit": settings.memory_limit}
     gram = exact_gram(op.function, op.inputs, **limits)
     spectrum = _with_floor(eigendecomposition(gram.matrix, r.nu), op.dtype)
     values = spectrum.eigenvalues

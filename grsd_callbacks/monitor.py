@@ -24,6 +24,7 @@ from grsd_callbacks.figures import run_figures
 from grsd_callbacks.kernel import NTKOperator
 from grsd_callbacks.losses import Loss, calibrate, check_pair, resolve_loss
 from grsd_callbacks.measure import Settings, measure_with_operator
+from grsd_callbacks.method import choose_by_cost
 from grsd_callbacks.optimizer import NO_STEP_SIZE, StepSize, step_size
 from grsd_callbacks.probe import Probe, probe_from
 from grsd_callbacks.report import start_report, summary_table
@@ -138,7 +139,8 @@ class ShellMonitor:
         self._warned: set[str] = set()
         self._versions: tuple[int, ...] | None = None
         self._identity = self._parameter_identity()
-        self._prepare()
+        self._charged(self._prepare)
+        self._elapsed_before = self.measuring_seconds  # set-up is part of the cost
 
     # -- set-up ------------------------------------------------------------------------------------------
 
@@ -155,7 +157,12 @@ class ShellMonitor:
         check_pair(self.loss, outputs, self.probe.targets)
         op.run(lambda: self.loss.evaluate(outputs, self.probe.targets))  # refuses what is no differentiable scalar
         self.loss = op.run(lambda: calibrate(self.loss, outputs, self.probe.targets))
-        self.report = start_report(op, self.loss, self.settings, self.schedule.describe())
+        reason = ""
+        if self.settings.method == "auto":
+            products = self.settings.num_matvecs + self.settings.num_density_matvecs
+            choice = choose_by_cost(op, products, self.settings.memory_limit)
+            self.settings, reason = replace(self.settings, method=choice.method), choice.reason
+        self.report = start_report(op, self.loss, self.settings, self.schedule.describe(), reason)
 
     @property
     def history(self) -> list[Snapshot]:
@@ -433,6 +440,7 @@ class ShellMonitor:
             "probe": {"inputs": self.probe.inputs, "targets": self.probe.targets},
             "run": self.run.state_dict(),
             "schedule": self.schedule.state_dict(),
+            "method": self.settings.method,
             "last_step": self._last_step,
             "num_failed": self.num_failed,
             "measuring_seconds": self.measuring_seconds,
@@ -445,6 +453,7 @@ class ShellMonitor:
         self.probe = Probe(state["probe"]["inputs"], state["probe"]["targets"]).to(device)
         self.run = Run.from_state(state["run"], device)
         self.schedule.load_state_dict(state["schedule"])
+        self.settings = replace(self.settings, method=state["method"])
         self._last_step = state["last_step"]
         self.num_failed = int(state["num_failed"])
         self.measuring_seconds = float(state["measuring_seconds"])

@@ -19,8 +19,8 @@ EXPONENT_NAMES = {
 }
 
 
-def start_report(op: NTKOperator, loss: Loss, settings: Settings, schedule: str) -> str:
-    """What is measured on what, by which way, and when."""
+def start_report(op: NTKOperator, loss: Loss, settings: Settings, schedule: str, reason: str = "") -> str:
+    """What is measured on what, by which way (and why that one), and when."""
     method = choose_method(settings.method, op)
     how = {
         "exact": "exact kernel and eigendecomposition",
@@ -40,7 +40,7 @@ def start_report(op: NTKOperator, loss: Loss, settings: Settings, schedule: str)
             f"  parameters  {op.num_parameters:,} in {len(op.parameter_names)} tensors, "
             f"{str(op.dtype)[6:]} on {op.device}",
             f"  loss        {loss.kind.replace('_', ' ')}: {meaning}",
-            f"  method      {method}: {how}",
+                f"  method      {method}: {how}" + (f" ({reason})" if reason else ""),
             f"  schedule    {schedule}",
             "  model       measured in eval mode on copies; training is left bit-identical",
         ]

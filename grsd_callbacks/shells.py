@@ -184,9 +184,8 @@ def _exact_budget(
         energy, dissipation, counts = ((windows @ x).cpu() for x in (0.5 * g**2, values * g**2, ones))
     # A shell is known if it lies above the floor; the underflow shell if it holds all that lies below.
     resolved = torch.cat([grid.edges[:1], grid.edges]) >= spectrum.floor * (1 - 1e-9)
-    return ShellBudget(
-        grid, energy, dissipation, counts, *(torch.stack([x, x]) for x in (energy, dissipation, counts)), resolved
-    )
+    bounds = [torch.stack([x, x]) for x in (energy, dissipation, counts)]
+    return ShellBudget(grid, energy, dissipation, counts, bounds[0], bounds[1], bounds[2], resolved)
 
 
 def _bounded_budget(measure: SpectralMeasure, grid: ShellGrid) -> ShellBudget:
@@ -245,6 +244,5 @@ def _smooth_measure_budget(measure: SpectralMeasure, grid: ShellGrid, width: flo
     windows = grid.windows(nodes, width)
     energy, dissipation = windows @ (0.5 * weights), windows @ (nodes * weights)
     nan = torch.full_like(energy, float("nan"))
-    return ShellBudget(
-        grid, energy, dissipation, nan, *(torch.stack([nan, nan]) for _ in range(3)), torch.zeros_like(nan) > 0
-    )
+    unknown = torch.stack([nan, nan])
+    return ShellBudget(grid, energy, dissipation, nan, unknown, unknown, unknown, torch.zeros_like(nan) > 0)

@@ -58,11 +58,11 @@ def test_interval_of_a_certain_mass():
     assert (low[0], high[1]) == (0.0, 10.0) and (low[2], high[2]) == (0.0, 10.0)
 
 
-SPECTRA = {
-    "power law": torch.arange(1, 61, dtype=torch.float64) ** -1.5,
-    "log-uniform": torch.logspace(-5, 1, 60, dtype=torch.float64),
-    "outliers": torch.cat([torch.full((50,), 0.01), torch.logspace(-1, 2, 10)]).double(),
-    "null space": torch.cat([torch.zeros(30), torch.logspace(-3, 1, 30)]).double(),
+SPECTRA = {  # none of them on an edge, where rounding would decide what is counted
+    "power law": 1.3 * torch.arange(1, 61, dtype=torch.float64) ** -1.5,
+    "log-uniform": 1.3 * torch.logspace(-5, 1, 60, dtype=torch.float64),
+    "outliers": torch.cat([torch.full((50,), 0.013), 1.3 * torch.logspace(-1, 2, 10)]).double(),
+    "null space": torch.cat([torch.zeros(30), 1.3 * torch.logspace(-3, 1, 30)]).double(),
 }
 
 
@@ -70,15 +70,15 @@ SPECTRA = {
 def test_count_intervals_cover_at_least_93_percent(name):
     lam = SPECTRA[name]
     grid = ShellGrid.logarithmic(1e-5, 300.0, per_decade=1)
-    truth = grid.collect(lam * (1 + 1e-9), torch.ones(60).double())
+    truth = grid.collect(lam, torch.ones(60).double())
     op = operator(lam)
     covered = []
     for generator in seeds(60):
         counts, (low, high) = spectral_density(op, 16, generator=generator).counts(grid)
         assert float(counts.sum()) == pytest.approx(60.0, rel=1e-12)
         covered.append((low <= truth) & (truth <= high))
-    share = torch.stack(covered).double().mean()
-    assert float(share) >= 0.93
+    share = torch.stack(covered).double()
+    assert float(share.mean()) >= 0.93 and float(share.mean(0).min()) >= 0.85  # 60 draws: 0.95 less 3.5 errors
 
 
 def test_counts_fill_the_budget():

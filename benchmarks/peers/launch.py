@@ -110,16 +110,14 @@ class Worker:
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """Ours, with this folder importable and the number of threads set for torch and for XLA."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} intra_op_parallelism_threads={threads}".strip()
-    if threads == 1:
-        flags += " --xla_cpu_multi_thread_eigen=false"
+    """Ours, with this folder importable and the number of threads set (XLA knows one, or every core)."""
+    more = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"} if threads == 1 else {}
     return {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": flags,
         "PYTHONWARNINGS": "ignore",
+        **more,
     }

@@ -14,12 +14,21 @@ import numpy as np
 from benchmarks.peers import worker
 
 
-def network(relu: Any, theta: list[tuple[Any, Any]], x: Any) -> Any:
-    """ReLU MLP, weights (out, in) as in torch."""
+def network(maximum: Any, theta: list[tuple[Any, Any]], x: Any) -> Any:
+    """ReLU MLP in the form whose structure the library knows: weights (in, out), no nested functions."""
     for weight, bias in theta[:-1]:
-        x = relu(x @ weight.T + bias)
+        x = maximum(x @ weight + bias, 0.0)
     weight, bias = theta[-1]
-    return x @ weight.T + bias
+    return x @ weight + bias
+
+
+def restore_names() -> None:
+    """Names that neural-tangents 0.6.5 expects in `jax.interpreters.ad` and that later jax took away."""
+    import jax
+    from jax._src import source_info_util
+    from jax.interpreters import ad
+
+    ad.source_info_util, ad.config = source_info_util, jax.config
 
 
 def prepare(spec: dict[str, Any]) -> worker.Run:
@@ -28,14 +37,18 @@ def prepare(spec: dict[str, Any]) -> worker.Run:
     import jax.numpy as jnp
     import neural_tangents as nt
 
+    restore_names()
     if spec["net"] != "mlp":
         raise NotImplementedError("only the MLP has been written in JAX")
     stored = np.load(spec["weights"])
     layers = (len(stored.files) - 1) // 2
-    theta = [(jnp.asarray(stored[f"weight{i}"]), jnp.asarray(stored[f"bias{i}"])) for i in range(layers)]
+    theta = [(jnp.asarray(stored[f"weight{i}"].T), jnp.asarray(stored[f"bias{i}"])) for i in range(layers)]
     x = jnp.asarray(stored["inputs"][: spec["n"]])
     kernel = nt.empirical_ntk_fn(
-        functools.partial(network, jax.nn.relu), trace_axes=(), vmap_axes=0, implementation=nt.NtkImplementation.STRUCTURED_DERIVATIVES
+        functools.partial(network, jnp.maximum),
+        trace_axes=(),
+        vmap_axes=0,
+        implementation=nt.NtkImplementation.STRUCTURED_DERIVATIVES,
     )
     start = time.perf_counter()
     compiled = jax.jit(lambda inputs, parameters: kernel(inputs, None, parameters)).lower(x, theta).compile()

@@ -1,6 +1,6 @@
 """Ours: one product on a retained graph, the path of J w given or chosen, and one gradient beside it.
 
-Every run makes its own operator; its first product pays the set-up: copies, graphs and (path "auto") the trial of paths.
+Every run makes its own operator; its first product pays the set-up: copies, graphs and, on the path "auto", the trial.
 """
 
 from __future__ import annotations

@@ -1,0 +1,95 @@
+"""Which way to the spectrum: the exact kernel, or products. Decided once, from sizes, memory and measured speed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from grsd_callbacks.gram import ROW_MEMORY, gram_operations
+from grsd_callbacks.kernel import NTKOperator, synchronise
+from grsd_callbacks.losses import wide_dtype
+from grsd_callbacks.probe import take
+
+#: largest m = n C for which "auto" considers the exact kernel, by device type
+MAX_EXACT = {"cpu": 1024, "cuda": 4096}
+#: the exact way gives every shell, so it may cost this many times as much
+PREFERENCE = 3.0
+#: multiplications of a symmetric eigenproblem with vectors, in units of m^3
+EIGEN_OPERATIONS = 9.0
+
+
+@dataclass(frozen=True)
+class MethodChoice:
+    """The chosen method and why.
+
+    Attributes:
+        method: "exact" or "krylov".
+        reason: one clause for the report.
+        exact_seconds, krylov_seconds: expected cost of one measurement; NaN where not estimated.
+    """
+
+    method: str
+    reason: str
+    exact_seconds: float = float("nan")
+    krylov_seconds: float = float("nan")
+
+
+def method_by_size(op: NTKOperator) -> str:
+    """ "exact" while m is small enough for the device, else "krylov"."""
+    return "exact" if op.shape[0] <= MAX_EXACT.get(op.device.type, MAX_EXACT["cpu"]) else "krylov"
+
+
+def choose_by_cost(op: NTKOperator, num_products: int, memory_limit: int | None = None) -> MethodChoice:
+    """Exact if it fits and costs at most `PREFERENCE` times the products.
+
+    Args:
+        op: the operator on the probe.
+        num_products: kernel products that the matrix-free way would spend.
+        memory_limit: bytes of temporaries; the exact kernel may take four m x m matrices beside them.
+
+    Cost: four backward passes and one small matrix product, timed once.
+    """
+    m = op.shape[0]
+    largest = MAX_EXACT.get(op.device.type, MAX_EXACT["cpu"])
+    if m > largest:
+        return MethodChoice("krylov", f"m = {m} is above {largest}")
+    estimate = gram_operations(op.function, op.inputs, memory_limit=memory_limit or ROW_MEMORY)
+    rate = _multiplications_per_second(op)
+    exact = (estimate.operations + EIGEN_OPERATIONS * m**3) / rate
+    if any(path.startswith("rows") for path in estimate.paths.values()):
+        exact += m * _single_backward_seconds(op)
+    v = torch.ones(m, dtype=op.dtype, device=op.device)
+    op.vjp(v)
+    backward = _seconds(op, lambda: op.vjp(v))
+    op.release()
+    krylov = 2.2 * backward * num_products
+    method = "exact" if exact <= PREFERENCE * krylov else "krylov"
+    reason = f"about {exact:.2g} s exact, {krylov:.2g} s by {num_products} products"
+    return MethodChoice(method, reason, exact, krylov)
+
+
+def _single_backward_seconds(op: NTKOperator) -> float:
+    """One backward pass over a single sample: what a generic row costs."""
+    one = NTKOperator(
+        op.function.model, take(op.inputs, slice(0, 1), op.num_samples), outputs=op.function.extract, dtype=op.dtype
+    )
+    v = torch.ones(one.shape[0], dtype=op.dtype, device=op.device)
+    one.vjp(v)
+    return _seconds(one, lambda: one.vjp(v))
+
+
+def _multiplications_per_second(op: NTKOperator, size: int = 384) -> float:
+    a = torch.ones(size, size, dtype=wide_dtype(op.device), device=op.device)
+    a @ a
+    return size**3 / max(_seconds(op, lambda: a @ a), 1e-9)
+
+
+def _seconds(op: NTKOperator, function: Callable[[], object]) -> float:
+    synchronise(op.device)
+    start = time.perf_counter()
+    function()
+    synchronise(op.device)
+    return time.perf_counter() - start
