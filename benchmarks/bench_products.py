@@ -117,7 +117,6 @@ def summary(worker: Worker, exact: np.ndarray | None) -> dict[str, Any]:
         "product_seconds": common.median([f["product_seconds"] for f in counted]),
         "gradient_seconds": common.median([f["gradient_seconds"] for f in counted]),
         "product_bytes": worker.figures[0]["product_bytes"],
-        "gradient_bytes": worker.figures[0]["gradient_bytes"],
         "relative_error": relative_error(worker.result, exact),
     }
     if "first_seconds" in counted[0]:
@@ -139,21 +138,20 @@ def report(found: dict[str, Any]) -> None:
     """Print one case."""
     print(f"\n{found['case']}: n = {found['n']}, m = {found['m']}, in gradients of the probe batch")
     rows = [row(way, x) for way, x in found["methods"].items()]
-    print(common.table(("way", "product", "set-up", "seconds", "memory", "of a gradient", "error", ""), rows))
+    print(common.table(("way", "product", "set-up", "seconds", "memory", "error", ""), rows))
     sys.stdout.flush()
 
 
 def row(way: str, x: dict[str, Any]) -> tuple[str, ...]:
     """One line of the table."""
     if "product_seconds" not in x:
-        return (way, "-", "-", "-", "-", "-", "-", f"{x['status']}: {x['why'][:90]}")
+        return (way, "-", "-", "-", "-", "-", f"{x['status']}: {x['why'][:90]}")
     return (
         way,
         common.number(x["product_in_gradients"]),
         common.number(x.get("set_up_in_gradients")),
         common.number(x["product_seconds"]),
         common.megabytes(x["product_bytes"]),
-        common.megabytes(x["gradient_bytes"]),
         common.number(x["relative_error"], 2),
         ", ".join(x.get("paths", [])),
     )

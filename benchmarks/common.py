@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import math
 import platform
@@ -23,7 +24,7 @@ def parser(description: str, name: str) -> argparse.ArgumentParser:
     """Options that every benchmark has."""
     found = argparse.ArgumentParser(description=description)
     found.add_argument("--size", choices=SIZES, default="small", help="tiny tries the script, full is for the tables")
-    found.add_argument("--cases", nargs="+", default=None, help="only cases whose name begins so")
+    found.add_argument("--cases", nargs="+", default=None, help="only these cases; patterns such as 'gpt*' too")
     found.add_argument("--device", default="cpu")
     found.add_argument("--threads", type=int, default=torch.get_num_threads())
     found.add_argument("--out", type=Path, default=RESULTS / f"{name}.json")
@@ -31,10 +32,17 @@ def parser(description: str, name: str) -> argparse.ArgumentParser:
 
 
 def chosen(cases: dict[str, Any], wanted: Sequence[str] | None) -> dict[str, Any]:
-    """The cases whose name begins with one of `wanted`."""
+    """The cases that match one of the patterns `wanted`.
+
+    Raises:
+        ValueError: none does.
+    """
     if wanted is None:
         return cases
-    return {name: case for name, case in cases.items() if name.startswith(tuple(wanted))}
+    found = {name: case for name, case in cases.items() if any(fnmatch.fnmatchcase(name, w) for w in wanted)}
+    if not found:
+        raise ValueError(f"no case matches {list(wanted)}; this size has {list(cases)}")
+    return found
 
 
 def environment(args: argparse.Namespace) -> dict[str, object]:
@@ -68,13 +76,14 @@ def _plain(value: Any) -> Any:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Columns aligned, the first to the left."""
+    """Columns aligned, the first and the last (notes) to the left."""
     cells = [[str(x) for x in row] for row in [columns, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    return "\n".join(
-        "  ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths))).rstrip()
-        for row in cells
-    )
+    last = len(columns) - 1
+    aligned = [
+        [x.ljust(w) if i in (0, last) else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths))] for row in cells
+    ]
+    return "\n".join("  ".join(row).rstrip() for row in aligned)
 
 
 def number(value: float | None, digits: int = 3, unit: str = "") -> str:

@@ -200,9 +200,9 @@ def _normal(*shape: int, seed: int) -> Tensor:
 
 
 def _regression(sizes: dict[str, int], n: int, seed: int) -> Batch:
-    """Inputs with a power-law covariance, targets of a random two-layer teacher plus 10 % noise."""
+    """Inputs with the covariance spectrum k^-2 of natural images, a random two-layer teacher, 10 % noise."""
     d, outputs = sizes["inputs"], sizes["outputs"]
-    scales = torch.arange(1, d + 1).float() ** -0.5
+    scales = torch.arange(1, d + 1).float() ** -1.0
     x = _normal(n, d, seed=seed) * (scales * (d / scales.square().sum()).sqrt())
     teacher = _normal(d, 64, seed=seed + 1) * d**-0.5, _normal(64, outputs, seed=seed + 2) / 8
     return Batch(x, torch.tanh(x @ teacher[0]) @ teacher[1] + 0.1 * _normal(n, outputs, seed=seed + 3))
@@ -261,7 +261,7 @@ def train(net: nn.Module, name: str, data: Batch, steps: int, *, batch_size: int
         value.backward()
         optimizer.step()
     net.eval()
-    return float(value)
+    return float(value.detach())
 
 
 def _training_loss(net: nn.Module, criterion: nn.Module, data: Batch, index: Tensor) -> Tensor:

@@ -55,6 +55,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         max_overhead: largest share of the training time for the default schedule; None: no limit.
         method: "auto" (exact while samples x outputs is small), "exact", "krylov" or "randomized".
         num_matvecs: kernel products for energies where not exact.
+        num_density_matvecs: kernel products for eigenvalue counts where not exact; 0 for none.
         shells_per_decade: shells a decade of eigenvalues.
         per_decade: measurements a decade of steps before thinning.
         pair: measure before and after the step at each due point.
@@ -92,6 +93,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         max_overhead: float | None = 0.02,
         method: str = "auto",
         num_matvecs: int = 64,
+        num_density_matvecs: int = 32,
         shells_per_decade: int = 3,
         per_decade: int = 10,
         pair: bool = False,
@@ -116,10 +118,11 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         if name and not name.replace("_", "").isalnum():
             raise ValueError(f"name must consist of letters, digits and underscores, got {name!r}")
         check_num_probe(num_probe)
-        make_schedule(every_n_steps, max_overhead, None, per_decade)
+        make_schedule(every_n_steps, max_overhead, None, per_decade, pair)
         self._settings: dict[str, Any] = {
             "method": method,
             "num_matvecs": num_matvecs,
+            "num_density_matvecs": num_density_matvecs,
             "shells_per_decade": shells_per_decade,
             "params": params,
             "outputs": outputs,
@@ -143,6 +146,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         self._sinks: list[Sink] = []
         self._resume: dict[str, Any] | None = None
         self._global_step = 0
+        self._off = False
         self.monitor: ShellMonitor | None = None
 
     @property
@@ -165,7 +169,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         """Check what can be checked before any data is seen."""
         if stage != "fit":
             return
-        self.monitor = None
+        self.monitor, self._off = None, False
         folder = trainer.log_dir  # a collective in distributed runs: reached by all ranks
         if not trainer.is_global_zero:
             return
@@ -187,8 +191,10 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         """Measure, if due, before the step."""
         if not trainer.is_global_zero:
             return
+        if self.monitor is None and not self._off:
+            self.monitor = self._start(trainer, pl_module, batch)
         if self.monitor is None:
-            self.monitor = self._make_monitor(trainer, pl_module, batch)
+            return
         self._global_step = trainer.global_step
         self.monitor.set_step_size(step_size(_raw(trainer.optimizers)))
         self.monitor.observe(step_axis(trainer))
@@ -235,6 +241,23 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         self._resume = state_dict or None
 
     # -- set-up at the first batch -----------------------------------------------------------------------
+
+    def _start(self, trainer: Any, pl_module: nn.Module, batch: Any) -> ShellMonitor | None:
+        """The monitor; wrong use raises, anything else that goes wrong switches measuring off with one warning."""
+        try:
+            return self._make_monitor(trainer, pl_module, batch)
+        except (ValueError, TypeError):
+            raise
+        except Exception as error:
+            if self._on_error == "raise":
+                raise
+            self._off = True
+            warn(
+                f"grsd: measuring is off for this run, because the model cannot be run on the probe "
+                f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). Training goes on "
+                "unchanged. Try a smaller num_probe, or on_error='raise' to see the traceback."
+            )
+            return None
 
     def _make_monitor(self, trainer: Any, pl_module: nn.Module, batch: Any) -> ShellMonitor:
         assert self._resolved is not None

@@ -63,6 +63,7 @@ class ShellFlux:
         dissipation: energy lost by each shell at fixed basis over the interval, shape (num_shells,).
         dt: flow time of the interval.
         coverage: smallest share of |r|^2 that either basis holds of either residual (1 on the exact path).
+        width: window width in log lambda; NaN for sharp edges.
         reason: why all is NaN; empty otherwise.
     """
 
@@ -71,6 +72,7 @@ class ShellFlux:
     dissipation: Tensor
     dt: float
     coverage: float
+    width: float = math.nan
     reason: str = ""
 
 
@@ -138,6 +140,7 @@ def four_corner_flux(
         dissipation=-((a + c) - (b + d)) / (2 * dt),
         dt=dt,
         coverage=min(1.0, *held),
+        width=math.nan if width is None else width,
     )
 
 
@@ -149,4 +152,4 @@ def flux_from_transport(transport: Tensor) -> Tensor:
 def no_flux(grid: ShellGrid, reason: str, dt: float = math.nan) -> ShellFlux:
     """A `ShellFlux` of NaN that says why."""
     nan = torch.full((grid.num_shells,), math.nan, dtype=torch.float64)
-    return ShellFlux(nan, nan[1:].clone(), nan.clone(), dt, math.nan, reason)
+    return ShellFlux(nan, nan[1:].clone(), nan.clone(), dt, math.nan, reason=reason)

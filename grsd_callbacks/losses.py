@@ -52,6 +52,17 @@ class Loss:
     nu: float | None = None
 
     @property
+    def energy_meaning(self) -> str:
+        """What the shell energies sum to, in words."""
+        if self.kind == "squared":
+            return "shell energies sum to the loss"
+        f = self.function
+        plain = isinstance(f, nn.CrossEntropyLoss) and f.weight is None and f.label_smoothing == 0
+        if self.kind == "cross_entropy" and plain:
+            return "shell energies sum to half the Brier score, dissipation to |grad L|^2"
+        return "dissipation sums to |grad L|^2; energies are 1/2 |dL/df|^2 / nu, not a loss"
+
+    @property
     def energy_is_loss(self) -> bool:
         """Whether the shell energies sum to the loss."""
         return self.kind == "squared"
@@ -77,12 +88,13 @@ class Loss:
             ValueError: if the loss is not a differentiable scalar of the outputs.
         """
         with torch.enable_grad():
-            f = outputs.detach().to(wide_dtype(outputs.device)).requires_grad_()
-            value = self._value(f, targets)
+            wide = wide_dtype(outputs.device)
+            f = outputs.detach().to(wide if self._takes_wide(outputs, targets) else outputs.dtype).requires_grad_()
+            value = self._scalar(f, targets)
             (gradient,) = torch.autograd.grad(value, f)
         nu = self.scale(f, targets)
-        residual = gradient.reshape(-1) / math.sqrt(nu)
-        return Residual(value.detach(), residual, nu)
+        residual = gradient.reshape(-1).to(wide) / math.sqrt(nu)
+        return Residual(value.detach().to(wide), residual, nu)
 
     def target_vector(self, outputs: Tensor, targets: Any) -> Tensor | None:
         """What the outputs should become, shape (m,): the targets, or class indicators centred over classes."""
@@ -93,11 +105,34 @@ class Loss:
         if targets.is_floating_point():
             indicators = targets
         else:
-            kept = targets.clamp(0, outputs.shape[1] - 1).to(outputs.device)
-            indicators = torch.zeros_like(outputs).scatter_(1, kept.unsqueeze(1), 1.0)
+            index = targets.to(outputs.device).unsqueeze(1)
+            kept = index != getattr(self.function, "ignore_index", -100)
+            indicators = torch.zeros_like(outputs).scatter_(1, torch.where(kept, index, 0), kept.to(outputs.dtype))
         return (indicators - indicators.mean(1, keepdim=True)).reshape(-1)
 
-    def _value(self, f: Tensor, targets: Any) -> Tensor:
+    def value(self, outputs: Tensor, targets: Any) -> Tensor:
+        """L, a differentiable scalar, in float64; in the outputs' dtype for callables that insist on it.
+
+        Raises:
+            ValueError: if the callable does not return a scalar that depends on the outputs.
+        """
+        wide = self._takes_wide(outputs, targets)
+        return self._scalar(outputs.to(wide_dtype(outputs.device)) if wide else outputs, targets)
+
+    def _takes_wide(self, outputs: Tensor, targets: Any) -> bool:
+        """Whether the loss can be had in float64; a callable that holds float32 tensors of its own may refuse."""
+        if self.kind != "general" or outputs.dtype == wide_dtype(outputs.device):
+            return True
+        try:
+            self._scalar(outputs.detach().to(wide_dtype(outputs.device)).requires_grad_(), targets)
+        except RuntimeError:
+            return False
+        return True
+
+    def _scalar(self, f: Tensor, targets: Any) -> Tensor:
+        weight = getattr(self.function, "weight", None)
+        if isinstance(weight, Tensor) and weight.device != f.device and self.kind != "general":
+            self.function.weight = weight.to(f.device)  # type: ignore[attr-defined]  # made before the model moved
         value = self.function(f, widened(targets, f))
         if not isinstance(value, Tensor) or value.numel() != 1:
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -143,7 +178,9 @@ def _module_loss(loss: nn.MSELoss | nn.CrossEntropyLoss, nu: float | None) -> Lo
     weight = getattr(function, "weight", None)
     if isinstance(weight, Tensor):
         function.weight = weight.detach().to(wide_dtype(weight.device))
-    return Loss(function, "squared" if isinstance(loss, nn.MSELoss) else "cross_entropy", nu)
+    if nu is not None:  # another scale than the loss's own: energies lose their meaning
+        return Loss(function, "general", nu)
+    return Loss(function, "squared" if isinstance(loss, nn.MSELoss) else "cross_entropy")
 
 
 def calibrate(loss: Loss, outputs: Tensor, targets: Any, seed: int = 0) -> Loss:
@@ -174,10 +211,13 @@ def _scalar_curvature(loss: Loss, outputs: Tensor, targets: Any, seed: int) -> f
         z = z.to(wide_dtype(outputs.device))
         with torch.enable_grad():
             f = (outputs.detach().to(z) + shift * z).requires_grad_()
-            (gradient,) = torch.autograd.grad(loss._value(f, targets), f, create_graph=True)
-            if not gradient.requires_grad:
+            try:
+                (gradient,) = torch.autograd.grad(loss.value(f, targets), f, create_graph=True)
+                if not gradient.requires_grad:
+                    return None
+                (product,) = torch.autograd.grad(gradient, f, z, allow_unused=True)
+            except (RuntimeError, NotImplementedError):  # no second derivative: its curvature cannot be had
                 return None
-            (product,) = torch.autograd.grad(gradient, f, z, allow_unused=True)
         if product is None:
             return None
         ratio = float((product * z).sum() / (z * z).sum())

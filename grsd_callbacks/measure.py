@@ -16,7 +16,7 @@ from grsd_callbacks.flux import KernelState
 from grsd_callbacks.functional import ParameterFilter
 from grsd_callbacks.gram import exact_gram
 from grsd_callbacks.kernel import NTKOperator, synchronise
-from grsd_callbacks.losses import Loss, Residual, check_pair, wide_dtype, widened
+from grsd_callbacks.losses import Loss, Residual, check_pair
 from grsd_callbacks.method import method_by_size
 from grsd_callbacks.probe import Probe
 from grsd_callbacks.randomized import randomized_eigenpairs
@@ -322,9 +322,8 @@ def _squared_gradient(op: NTKOperator, probe: Probe, loss: Loss) -> float:
     """|grad L|^2 by a backward pass of the loss itself, independent of residual, nu and kernel."""
     with torch.enable_grad():
         f = op.function.outputs(probe.inputs)
-        wide = f.to(wide_dtype(f.device))
-        value = loss.function(wide, widened(probe.targets, wide))
-        grads = torch.autograd.grad(value.reshape(()), list(op.function.parameters.values()), allow_unused=True)
+        value = loss.value(f, probe.targets)
+        grads = torch.autograd.grad(value, list(op.function.parameters.values()), allow_unused=True)
     norms = [(g.to_dense() if g.is_sparse else g).double().square().sum() for g in grads if g is not None]
     return float(torch.stack(norms).sum()) if norms else 0.0
 

@@ -72,7 +72,8 @@ class ShellMonitor:
     Raises:
         ValueError, TypeError: wrong arguments, or outputs and targets that do not fit (at construction).
 
-    Cost: see `measure`; reported as `grsd_health/overhead_percent`.
+    Cost: see `measure`; with `work`, copies of parameters and buffers are held until the next optimizer step is done;
+        reported as `grsd_health/overhead_percent`.
 
     Example:
         >>> import torch
@@ -116,7 +117,7 @@ class ShellMonitor:
         self.model = model
         self.settings = Settings(**settings)
         self.loss: Loss = resolve_loss(loss, nu)
-        self.schedule = make_schedule(every_n_steps, max_overhead, total_steps, per_decade)
+        self.schedule = make_schedule(every_n_steps, max_overhead, total_steps, per_decade, pair)
         self.probe: Probe = probe_from(probe, num_probe, *([unpack] if unpack else []))
         warn_of_few_samples(num_probe, self.probe)
         self.sinks = SinkGroup([] if writer is None else writer if isinstance(writer, (list, tuple)) else [writer])
@@ -175,7 +176,11 @@ class ShellMonitor:
         return self.run.flow_time
 
     def new_segment(self, reason: str) -> None:
-        """Declare a break in the run (parameters replaced, another probe): no flux is computed across it."""
+        """Declare a break in the run: no flux is computed across it.
+
+        Parameters that are replaced, frozen or unfrozen are noticed; values loaded in place (`load_state_dict` in
+        mid-run) are not, and have to be declared.
+        """
         self._pending = None
         self.run.interrupt(reason)
 
@@ -204,14 +209,27 @@ class ShellMonitor:
         """
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise ValueError(f"step must be a non-negative integer, got {step!r}")
-        size = _given_size(optimizer, lr)
-        if self._last_step is not None and step > self._last_step:
-            self.advance(self.run.size, step - self._last_step)
+        size = _given_size(optimizer, lr, flow_time)
+        self._advance_to(step, flow_time)
         self._versions = self._parameter_versions()
-        if flow_time is not None:
-            self.run.flow_time = float(flow_time)
         self.run.size = size
         return self.observe(step)
+
+    def _advance_to(self, step: int, flow_time: float | None) -> None:
+        """Flow time and the latest measurement's update, by the step size that was in force since the last call."""
+        num_steps = 0 if self._last_step is None else step - self._last_step
+        if num_steps < 0:
+            self._warn(
+                "backwards", "grsd: step went backwards; give the number of optimizer steps since the run began."
+            )
+        if flow_time is not None:
+            if num_steps == 1:
+                self.run.size = replace(self.run.size, flow=float(flow_time) - self.run.flow_time, nominal=False)
+            self.run.flow_time = float(flow_time)
+        elif num_steps > 0:
+            self.advance(self.run.size, num_steps)
+        if num_steps > 0:
+            self.finish_update(step)
 
     def advance(self, size: StepSize, num_steps: int = 1, share: float = 1.0) -> None:
         """Tell of optimizer steps taken: `share` of the parameters moved by `num_steps` steps of a size."""
@@ -249,18 +267,19 @@ class ShellMonitor:
         if step == pending.step + 1:
             self._charged(lambda: self._attempt(step, lambda: self._add_update(pending)))
 
-    def finish(self, step: int | None = None) -> Snapshot | None:
+    def finish(self, step: int | None = None, *, flow_time: float | None = None) -> Snapshot | None:
         """Last measurement (if it has not been made there), summary, and flush. Call at the end.
 
         Args:
             step: optimizer steps taken in all; None: as many as at the last call of `step`, and one more if the
                 parameters have been written to since.
+            flow_time: t at the end, for loops that give it themselves.
         """
         last = self._last_step if step is None else step
         if self._versions is not None and self._last_step is not None:  # flow time follows the calls of `step`
             moved = self._versions != self._parameter_versions()
             last = self._last_step + moved if step is None else step
-            self.advance(self.run.size, max(last - self._last_step, 0))
+            self._advance_to(max(last, self._last_step), flow_time)
             self._versions = self._parameter_versions()
         snapshot = None
         if last is not None:
@@ -419,8 +438,8 @@ class ShellMonitor:
                 "training time; raise every_n_steps, take a smaller probe, or leave every_n_steps=None.",
             )
 
-    def _parameter_identity(self) -> tuple[int, ...]:
-        return tuple(id(p) for p in self.model.parameters())
+    def _parameter_identity(self) -> tuple[tuple[int, bool], ...]:
+        return tuple((id(p), p.requires_grad) for p in self.model.parameters())
 
     def _parameter_versions(self) -> tuple[int, ...]:
         return tuple(p._version for p in self.model.parameters())
@@ -429,7 +448,7 @@ class ShellMonitor:
         identity = self._parameter_identity()
         if identity != self._identity:
             self._identity = identity
-            self.new_segment("parameters were replaced between measurements")
+            self.new_segment("parameters were replaced, frozen or unfrozen between measurements")
 
     # -- checkpoints -------------------------------------------------------------------------------------
 
@@ -480,10 +499,14 @@ def warn_of_few_samples(num_probe: int | None, probe: Probe) -> None:
 
 
 def make_schedule(
-    every_n_steps: int | None, max_overhead: float | None, total_steps: int | None, per_decade: int = 10
+    every_n_steps: int | None,
+    max_overhead: float | None,
+    total_steps: int | None,
+    per_decade: int = 10,
+    pair: bool = False,
 ) -> FixedSchedule | LogSchedule:
     """The schedule meant by a user's arguments; both are checked whichever is used."""
-    log = LogSchedule(per_decade, max_overhead, total_steps)
+    log = LogSchedule(per_decade, max_overhead, total_steps, pair)
     return log if every_n_steps is None else FixedSchedule(every_n_steps)
 
 
@@ -493,11 +516,11 @@ def check_num_probe(num_probe: int | None) -> None:
         raise ValueError(f"num_probe must be a positive integer (or None), got {num_probe!r}")
 
 
-def _given_size(optimizer: Any, lr: float | None) -> StepSize:
+def _given_size(optimizer: Any, lr: float | None, flow_time: float | None = None) -> StepSize:
     if optimizer is not None:
         return step_size(optimizer)
     if lr is not None:
         if not (isinstance(lr, (int, float)) and math.isfinite(lr)):
             raise ValueError(f"lr must be a finite number, got {lr!r}")
         return StepSize(float(lr), float(lr))
-    return NO_STEP_SIZE
+    return NO_STEP_SIZE if flow_time is None else replace(NO_STEP_SIZE, nominal=False)

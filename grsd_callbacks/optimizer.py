@@ -61,6 +61,8 @@ def step_size(optimizers: Optimizer | Iterable[Optimizer]) -> StepSize:
     weight = sum(size for size, *_ in groups)
     if not weight:
         return NO_STEP_SIZE
+    if any(math.isnan(rate) for _, rate, _ in groups):
+        return NO_STEP_SIZE
     lr = sum(size * rate for size, rate, _ in groups) / weight
     flow = sum(size * flow for size, _, flow in groups) / weight
     reasons = _reasons(several, groups)
@@ -70,7 +72,9 @@ def step_size(optimizers: Optimizer | Iterable[Optimizer]) -> StepSize:
 
 
 def _group_flow(optimizer: Optimizer, group: dict) -> tuple[float, float]:
-    lr = group["lr"]
+    lr = group.get("lr")
+    if not isinstance(lr, (int, float, Tensor)):  # optimizers that set their own step size
+        return math.nan, math.nan
     lr = float(lr.detach() if isinstance(lr, Tensor) else lr)
     momentum, dampening = float(group.get("momentum", 0.0) or 0.0), float(group.get("dampening", 0.0) or 0.0)
     if _is_sgd(optimizer) and 0 < momentum < 1:

@@ -109,9 +109,7 @@ def unpack_batch(batch: Any) -> tuple[Any, Any]:
     )
 
 
-def probe_from(
-    source: Any, num: int | None = None, unpack: Callable[[Any], tuple[Any, Any]] = unpack_batch
-) -> Probe:
+def probe_from(source: Any, num: int | None = None, unpack: Callable[[Any], tuple[Any, Any]] = unpack_batch) -> Probe:
     """A cloned probe of at most `num` samples from a pair or from a loader's first batches.
 
     Args:
@@ -132,9 +130,7 @@ def probe_from(
     elif isinstance(source, Iterable) and not isinstance(source, (str, bytes, Tensor, Mapping)):
         probe = _from_loader(source, num, unpack)
     else:
-        raise TypeError(
-            f"probe: expected 'auto', (inputs, targets) or a DataLoader, got {type(source).__name__}"
-        )
+        raise TypeError(f"probe: expected 'auto', (inputs, targets) or a DataLoader, got {type(source).__name__}")
     if num is not None and probe.num_samples > num:
         probe = probe.take(slice(0, num))
     return probe.clone()

@@ -27,11 +27,6 @@ def start_report(op: NTKOperator, loss: Loss, settings: Settings, schedule: str,
         "krylov": f"{settings.num_matvecs} + {settings.num_density_matvecs} kernel products (energies + counts)",
         "randomized": f"range finder with {settings.num_matvecs} kernel products, top of the spectrum only",
     }[method]
-    meaning = {
-        "squared": "shell energies sum to the loss",
-        "cross_entropy": "shell energies sum to half the Brier score, dissipation to |grad L|^2",
-        "general": "dissipation sums to |grad L|^2; energies have no meaning as a loss",
-    }[loss.kind]
     n, c = op.num_samples, op.num_outputs
     return "\n".join(
         [
@@ -39,8 +34,8 @@ def start_report(op: NTKOperator, loss: Loss, settings: Settings, schedule: str,
             f"  probe       {n} samples x {c} outputs, m = {n * c}",
             f"  parameters  {op.num_parameters:,} in {len(op.parameter_names)} tensors, "
             f"{str(op.dtype)[6:]} on {op.device}",
-            f"  loss        {loss.kind.replace('_', ' ')}: {meaning}",
-                f"  method      {method}: {how}" + (f" ({reason})" if reason else ""),
+            f"  loss        {loss.kind.replace('_', ' ')}: {loss.energy_meaning}",
+            f"  method      {method}: {how}" + (f" ({reason})" if reason else ""),
             f"  schedule    {schedule}",
             "  model       measured in eval mode on copies; training is left bit-identical",
         ]

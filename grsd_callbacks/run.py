@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class Run:
         size: step size of the coming optimizer step.
         steps_since: optimizer steps since the last measurement.
         nominal: why flow time is only nominal; empty if it is exact.
+        velocity_checked: whether the two ways to the kernel's velocity have been compared.
     """
 
     history: list[Snapshot] = field(default_factory=list)
@@ -57,6 +58,7 @@ class Run:
     size: StepSize = NO_STEP_SIZE
     steps_since: int = 0
     nominal: str = ""
+    velocity_checked: bool = False
     _previous: tuple[Snapshot, KernelState] | None = None
     _break: str = "first measurement"
 
@@ -77,8 +79,9 @@ class Run:
         budget, grid = instant.budget, instant.budget.grid
         if self.grid is None or self.frozen is None:
             self.grid, self.frozen = grid, instant.state
-        frozen_energy, _ = self.frozen.energies(instant.state.residual, grid)
-        self.trajectory.append(self.flow_time, instant.loss, grid.edges, frozen_energy)
+        frozen_energy, frozen_coverage = self.frozen.energies(instant.state.residual, grid)
+        instant.health["frozen_coverage"] = frozen_coverage
+        self.trajectory.append(self.flow_time, instant.loss, grid.edges, frozen_energy, frozen_coverage)
         fits = exponents_at(self.trajectory, instant.eigenvalues if instant.weights is None else None, budget)
         flux = self._flux(instant)
         nan = torch.full((grid.num_shells,), math.nan, dtype=torch.float64)
@@ -106,7 +109,8 @@ class Run:
             flux=flux.flux,
             work=nan,
             effective_lr=nan.clone(),
-            summary=self._summary(instant, flux),
+            flux_dissipation=flux.dissipation,
+            summary=self._summary(instant, flux, energy_is_loss),
             closures=self._closures(instant, flux, fits, energy_is_loss),
             health=self._health(instant, flux),
             exponents=fits,
@@ -125,11 +129,11 @@ class Run:
         before, state = self._previous
         return four_corner_flux(state, instant.state, instant.budget.grid, self.flow_time - before.flow_time)
 
-    def _summary(self, instant: Instant, flux: ShellFlux) -> dict[str, float]:
-        summary = {**instant.summary, "lr": self.size.lr, "dt": flux.dt}
+    def _summary(self, instant: Instant, flux: ShellFlux, energy_is_loss: bool) -> dict[str, float]:
+        summary = {**instant.summary, "lr": self.size.lr, "dt": flux.dt, "flux_width": flux.width}
         total = float(flux.dissipation.sum().abs())
         summary["transport_ratio"] = float(flux.flux.abs().sum()) / total if total > 0 else math.nan
-        if self._previous is not None and flux.dt > 0 and self.steps_since:
+        if energy_is_loss and self._previous is not None and flux.dt > 0 and self.steps_since:
             summary["frozen_kernel_share"] = frozen_kernel_share(
                 self._previous[1], instant.state.residual, flux.dt / self.steps_since, self.steps_since
             )
@@ -181,14 +185,14 @@ class Run:
             return None
         snapshot = self.history[-1]
         s = math.sqrt(pending.nu) * pending.op.jvp(change)
-        work, dissipation = work_per_shell(pending.state, s, snapshot.grid)
+        work, dissipation = work_per_shell(pending.state, s, snapshot.grid, snapshot.grad_norm_sq)
         total_work, total = float(work.sum()), float(dissipation.sum())
-        known = dissipation > 1e-12 * total
-        overall = total_work / (size.lr * total) if total > 0 else math.nan
+        known = (dissipation > 1e-12 * total) & (size.lr > 0)
+        overall = total_work / (size.lr * total) if size.lr * total > 0 else math.nan
         done = replace(
             snapshot,
             work=work,
-            effective_lr=torch.where(known, work / (size.lr * dissipation), math.nan),
+            effective_lr=torch.where(known, work / (abs(size.lr) * dissipation), math.nan),
             summary={**snapshot.summary, "effective_lr": overall},
             closures={**snapshot.closures, "probe": total * size.flow / total_work if total_work != 0 else math.nan},
         )
@@ -203,13 +207,16 @@ class Run:
         state, op = pending.state, pending.op
         velocity = change / dt
         health: dict[str, float] = {}
+        reasons: dict[str, str] = {}
         if state.is_complete:
             dense = kernel_velocity(op, velocity)
             health["kink_gap"] = kink_gap(op, change, dt * dense)
-            if "velocity_gap" not in self.history[0].health:
+            if not self.velocity_checked:
+                self.velocity_checked = True
                 health["velocity_gap"] = _velocity_gap(op, velocity, dense)
             moved = state.vectors.T @ dense.to(state.vectors) @ state.vectors
         else:
+            reasons["kink_gap"] = "only measured with the exact kernel"
             moved = kernel_velocity(op, velocity, state.vectors)
         g = state.vectors.T @ state.residual.to(state.vectors)
         held = float(g @ g) / max(float(state.residual @ state.residual), 1e-300)
@@ -219,10 +226,13 @@ class Run:
         return replace(
             snapshot,
             transfer=found.transfer,
+            transfer_energy=found.energy,
+            transfer_dissipation=found.dissipation,
             rotation_flux=found.rotation_flux,
             drift_flux=found.drift_flux,
-            summary={**snapshot.summary, **_transfer_summary(found)},
+            summary={**snapshot.summary, **_transfer_summary(found), "transfer_width": found.width},
             health={**snapshot.health, **health, "transfer_coverage": held},
+            reasons={**snapshot.reasons, **reasons},
         )
 
     def final_exponents(self) -> dict[str, PowerLawFit]:
@@ -254,6 +264,7 @@ class Run:
             "trajectory": self.trajectory.state_dict(),
             "flow_time": self.flow_time,
             "nominal": self.nominal,
+            "size": asdict(self.size),
         }
 
     @classmethod
@@ -267,23 +278,27 @@ class Run:
             frozen=None if frozen is None else KernelState(**{k: v.to(device) for k, v in frozen.items()}),
             flow_time=float(state["flow_time"]),
             nominal=str(state["nominal"]),
+            size=StepSize(**state["size"]),
         )
         run.interrupt("first measurement after a resume")
         return run
 
 
-def work_per_shell(state: KernelState, s: Tensor, grid: ShellGrid) -> tuple[Tensor, Tensor]:
+def work_per_shell(state: KernelState, s: Tensor, grid: ShellGrid, total: float) -> tuple[Tensor, Tensor]:
     """W_a = -sum g_i <u_i, s> and D_a = sum lambda_i g_i^2 per sharp shell, s = sqrt(nu) J dtheta.
 
-    Sums are exact: W sums to -<r, s>, minus the first-order change of the loss. Of an incomplete basis the rest of W
-    is put in the underflow shell.
+    Sums are exact: W sums to -<r, s>, minus the first-order change of the loss, and D to `total`, |grad L|^2. What an
+    incomplete basis leaves over of both is put in the underflow shell (of D it can be negative: cross terms).
     """
     vectors = state.vectors
     g, moved = vectors.T @ state.residual.to(vectors), vectors.T @ s.to(vectors)
     work = grid.collect(state.eigenvalues, -g * moved)
     if not state.is_complete:
         work[0] += -float(state.residual.to(vectors) @ s.to(vectors)) - float(work.sum())
-    return work, grid.collect(state.eigenvalues, state.eigenvalues * g**2)
+    dissipation = grid.collect(state.eigenvalues, state.eigenvalues * g**2)
+    if not state.is_complete:
+        dissipation[0] += total - float(dissipation.sum())
+    return work, dissipation
 
 
 def _transfer_summary(found: ShellTransfer) -> dict[str, float]:

@@ -11,6 +11,8 @@ from typing import Any
 
 #: the default schedule times training steps at these step counts before it decides
 TIMED_FROM, DECIDE_AT = 2, 6
+#: later measurements cost more than the first two: they also fit exponents
+MARGIN = 1.2
 
 
 class FixedSchedule:
@@ -61,12 +63,19 @@ class LogSchedule:
         per_decade: measurements a decade of steps before thinning.
         max_overhead: largest share of training time (without measuring) spent on measuring; None never thins.
         total_steps: length of the run in steps; None if it is not known.
+        pair: every point is measured twice (before and after a step), and costs twice as much.
 
     Raises:
         ValueError: per_decade < 1, or max_overhead not positive.
     """
 
-    def __init__(self, per_decade: int = 10, max_overhead: float | None = 0.02, total_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        per_decade: int = 10,
+        max_overhead: float | None = 0.02,
+        total_steps: int | None = None,
+        pair: bool = False,
+    ) -> None:
         if isinstance(per_decade, bool) or not isinstance(per_decade, int) or per_decade < 1:
             raise ValueError(f"per_decade must be a positive integer, got {per_decade!r}")
         if max_overhead is not None and not (isinstance(max_overhead, (int, float)) and 0 < max_overhead < math.inf):
@@ -74,6 +83,7 @@ class LogSchedule:
         self.per_decade = per_decade
         self.max_overhead = max_overhead
         self.total_steps = total_steps
+        self.pair = pair
         self.points: list[int] | None = None
         self.first = 1
         self.decision = "every log-spaced step"
@@ -121,7 +131,8 @@ class LogSchedule:
             for a, b in zip(self._times[:-1], self._times[1:], strict=True)
         ]
         per_step = max(median(laps), 1e-9)
-        cost = self._cost(spent)
+        once = self._cost(spent)
+        cost = MARGIN * once * (2 if self.pair else 1)
         self._decided = True
         assert self.max_overhead is not None
         if self.total_steps is None:
@@ -129,12 +140,12 @@ class LogSchedule:
             self.decision = f"{self.per_decade} a decade from step {self.first}"
         else:
             budget = self.max_overhead * self.total_steps * per_step - spent
-            room = max(0, math.floor(budget / cost) - 1)  # one is kept for the end of the run
+            room = max(0, math.floor(budget / cost) - 2)  # two are kept for the end and the summary
             candidates = log_points(step, self.total_steps, self.per_decade)
             self.points = thinned(candidates, room)
             self.decision = f"{len(self.points)} of {len(candidates)} log-spaced steps"
         self.decision += (
-            f" (one measurement {cost * 1e3:.3g} ms, one training step {per_step * 1e3:.3g} ms, "
+            f" (one measurement {once * 1e3:.3g} ms, one training step {per_step * 1e3:.3g} ms, "
             f"at most {100 * self.max_overhead:g} %)"
         )
 

@@ -122,7 +122,8 @@ class ShellBudget:
         dissipation: D_a = sum lambda_i g_i^2 >= 0, loss per flow time; sums to r^T M r exactly.
         counts: number of eigenvalues, sums to m (NaN where not measured).
         energy_bounds, dissipation_bounds, count_bounds: (2, num_shells) lower and upper; rigorous for
-            energy and dissipation, 95 % for counts; equal to the value where it is exact.
+            energy and dissipation (krylov), 95 % for counts; equal to the value where it is exact, NaN where none
+            is known (randomized).
         resolved: whether the energy of the shell is known to within a factor (`RESOLVED_FRACTION`).
     """
 
@@ -171,9 +172,7 @@ def shell_budget(
     return _exact_budget(spectrum, residual, grid, width)
 
 
-def _exact_budget(
-    spectrum: Eigendecomposition, residual: Tensor, grid: ShellGrid, width: float | None
-) -> ShellBudget:
+def _exact_budget(spectrum: Eigendecomposition, residual: Tensor, grid: ShellGrid, width: float | None) -> ShellBudget:
     values = spectrum.eigenvalues
     g = spectrum.project(residual)
     ones = torch.ones_like(values)
@@ -205,28 +204,26 @@ def top_budget(
 ) -> ShellBudget:
     """Shells from the top of the spectrum only; the rest of both totals is put in the underflow shell.
 
+    The rest of the dissipation can be negative, since Ritz pairs that have not converged leave cross terms.
+
     Args:
         values: Ritz values, shape (k,).   g2: squared coefficients of the residual in the Ritz vectors.
         size: |r|^2.   dissipation: r^T M r.
         floor: smallest converged Ritz value; shells that begin at or above it are resolved.
         grid: the shells.
 
-    Energy bounds: a shell may hold its Ritz pairs' share up to that plus all that is left over (none is left over in
-    resolved shells); counts are lower bounds there and unknown elsewhere.
+    Resolved shells hold converged Ritz pairs; how much a Ritz vector's error moves between shells is not bounded, so
+    their bounds are NaN, and so are counts elsewhere.
     """
     energy, dissipated = grid.collect(values, 0.5 * g2), grid.collect(values, values * g2)
     counts = grid.collect(values, torch.ones_like(values))
-    rest, rest_dissipation = max(0.5 * size - float(energy.sum()), 0.0), max(dissipation - float(dissipated.sum()), 0.0)
+    rest, rest_dissipation = max(0.5 * size - float(energy.sum()), 0.0), dissipation - float(dissipated.sum())
     resolved = torch.cat([torch.zeros(1, dtype=torch.float64), grid.edges]) >= floor
-    open_ = (~resolved).to(torch.float64)
-    energy_bounds = torch.stack([energy, energy + open_ * rest])
-    dissipation_bounds = torch.stack([dissipated, dissipated + open_ * rest_dissipation])
     energy[0] += rest
     dissipated[0] += rest_dissipation
     counts = torch.where(resolved, counts, math.nan)
-    return ShellBudget(
-        grid, energy, dissipated, counts, energy_bounds, dissipation_bounds, torch.stack([counts, counts]), resolved
-    )
+    unknown = torch.full((2, grid.num_shells), math.nan, dtype=torch.float64)
+    return ShellBudget(grid, energy, dissipated, counts, unknown, unknown.clone(), unknown.clone(), resolved)
 
 
 def _shells_from(total: float, bounds: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

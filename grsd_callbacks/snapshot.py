@@ -26,20 +26,25 @@ class Snapshot:
         flow_time: sum of learning rates up to here (heavy ball: lr / (1 - momentum)).
         loss: L on the probe.   grad_norm_sq: |grad L|^2 on the probe, from an independent backward pass.
         nu: scale in M = nu J J^T.   num_samples, num_outputs: n and C of the probe, m = n C.
-        method: "exact" or "krylov".
+        method: "exact", "krylov" or "randomized".
         edges: shell edges, shape (B + 1,), 1/flow time.
         energy, dissipation, counts: per shell, shape (B + 2,). Energies sum to the loss (squared loss), dissipation
             to |grad L|^2.
         energy_bounds, dissipation_bounds, count_bounds: lower and upper, shape (2, B + 2).
         resolved: whether a shell's energy is known (bool).
-        eigenvalues: of M, descending: all (exact), or the Gauss nodes of the residual's measure (krylov).
-        weights: Gauss weights of the nodes (krylov), None where eigenvalues are exact.
+        eigenvalues: of M, descending: all (exact), or the Gauss nodes of the residual's measure (krylov), or Ritz
+            values of the top (randomized).
+        weights: Gauss weights of the nodes (krylov), squared coefficients (randomized); None where eigenvalues are
+            exact.
         frozen_energy: energy of the present residual in the shells of the *first* measurement's basis.
         transport, flux: per shell and per edge, over the interval since the previous measurement; NaN where there is
             none.
         work, effective_lr: per shell, of the optimizer step that follows the measurement; NaN until it is known.
-        transfer, rotation_flux, drift_flux: instantaneous, along the optimizer step that follows (see `ShellTransfer`);
-            None unless asked for.
+        flux_dissipation: energy lost by each shell at fixed basis over the same interval and with the same windows
+            (width in log lambda `summary["flux_width"]`, NaN for sharp edges): with it dE/dt = transport - dissipation.
+        transfer, rotation_flux, drift_flux: instantaneous, along the optimizer step that follows (see `ShellTransfer`),
+            with smooth windows (`summary["transfer_width"]`), whose own shell contents are transfer_energy and
+            transfer_dissipation; None unless asked for.
         summary: scalars (see `tags`).   closures: identities, zero where they hold.   health: flags and checks.
         exponents: fitted exponents with 95 % intervals.   cost: seconds, kernel products, peak bytes.
         reasons: why a number is NaN, by name.   paths: how products and kernel were computed.
@@ -75,7 +80,10 @@ class Snapshot:
     cost: dict[str, float] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     paths: dict[str, str] = field(default_factory=dict)
+    flux_dissipation: Tensor | None = None
     transfer: Tensor | None = None
+    transfer_energy: Tensor | None = None
+    transfer_dissipation: Tensor | None = None
     rotation_flux: Tensor | None = None
     drift_flux: Tensor | None = None
 

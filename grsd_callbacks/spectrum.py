@@ -147,7 +147,5 @@ def spectral_measure(op: NTKOperator, start: Tensor, num_matvecs: int, nu: float
         raise ValueError(f"start must have shape ({op.shape[0]},), got {tuple(start.shape)}")
     root = math.sqrt(nu)
     return SpectralMeasure(
-        op.run(
-            lambda: golub_kahan(lambda w: root * op.jvp(w), lambda u: root * op.vjp(u), start, num_matvecs)
-        )
+        op.run(lambda: golub_kahan(lambda w: root * op.jvp(w), lambda u: root * op.vjp(u), start, num_matvecs))
     )

@@ -57,13 +57,19 @@ TAGS: dict[str, Tag] = {
     ),
     "grsd_time/lr": Tag("learning rate", "lr of the coming step", _from("summary", "lr")),
     "grsd_spectrum/lambda_max": Tag(
-        "1 / flow time", "largest eigenvalue of M = nu J J^T", _from("summary", "lambda_max")
+        "1 / flow time",
+        "largest eigenvalue of M = nu J J^T (krylov and randomized: a lower bound)",
+        _from("summary", "lambda_max"),
     ),
     "grsd_spectrum/trace": Tag("1 / flow time", "tr M (krylov: unbiased estimate)", _from("summary", "trace")),
     "grsd_spectrum/trace_error": Tag(
         "1 / flow time", "standard error of tr M, 0 where exact", _from("summary", "trace_error")
     ),
-    "grsd_spectrum/effective_rank": Tag("1", "(tr M)^2 / tr M^2", _from("summary", "effective_rank")),
+    "grsd_spectrum/effective_rank": Tag(
+        "1",
+        "(tr M)^2 / tr M^2 (krylov: ratio of two estimates from one random vector)",
+        _from("summary", "effective_rank"),
+    ),
     "grsd_spectrum/mean_eigenvalue": Tag(
         "1 / flow time",
         "dissipation-weighted mean eigenvalue r^T M^2 r / r^T M r: the scale that is learning now (not rho)",
@@ -86,7 +92,7 @@ TAGS: dict[str, Tag] = {
     "grsd_regime/frozen_kernel_share": Tag(
         "1",
         "share of the change of r since the last measurement that the old, frozen kernel explains: "
-        "1 - |r - (1 - lr M)^k r_old|^2 / |r - r_old|^2",
+        "1 - |r - (1 - lr M)^k r_old|^2 / |r - r_old|^2 (squared loss only)",
         _from("summary", "frozen_kernel_share"),
     ),
     **{
@@ -136,11 +142,13 @@ TAGS: dict[str, Tag] = {
     "grsd_health/kink_gap": Tag(
         "1",
         "|difference quotient of the kernel over the actual update - M'| / |M'|: what flips of gates add to the "
-        "instantaneous flux, which is the smooth part only",
+        "instantaneous flux, which is the smooth part only (exact method)",
         _from("health", "kink_gap"),
     ),
     "grsd_health/velocity_gap": Tag(
-        "1", "M' by double backward against central differences, once at the start", _from("health", "velocity_gap")
+        "1",
+        "M' by double backward against central differences, once at the start (exact method)",
+        _from("health", "velocity_gap"),
     ),
     "grsd_health/transfer_coverage": Tag(
         "1", "share of |r|^2 that the basis behind the instantaneous flux holds", _from("health", "transfer_coverage")
@@ -149,7 +157,10 @@ TAGS: dict[str, Tag] = {
         "1", "lr x lambda_max: above 2 plain descent leaves gradient flow", _from("health", "lr_lambda_max")
     ),
     "grsd_health/unstable": Tag(
-        "flag", "1 if lr x lambda_max > 2: read no gradient-flow law into this instant", _from("health", "unstable")
+        "flag",
+        "1 if lr x lambda_max > 2: read no gradient-flow law into this instant (squared loss; for "
+        "cross-entropy the loss's curvature is below 1, and the true limit higher)",
+        _from("health", "unstable"),
     ),
     "grsd_health/nominal_flow_time": Tag(
         "flag",
@@ -158,6 +169,11 @@ TAGS: dict[str, Tag] = {
     ),
     "grsd_health/unresolved_energy": Tag(
         "1", "share of the energy in shells that are not resolved", _from("health", "unresolved_energy")
+    ),
+    "grsd_health/frozen_coverage": Tag(
+        "1",
+        "share of |r|^2 that the frozen first basis holds (1 when exact); below 0.9 there is no frontier",
+        _from("health", "frozen_coverage"),
     ),
     "grsd_health/coverage": Tag(
         "1", "share of |r|^2 that the bases behind the flux hold (1 when exact)", _from("health", "coverage")

@@ -12,6 +12,9 @@ from torch import Tensor
 from grsd_callbacks.exponents import PowerLawFit, closure, elasticity, fit_energy, fit_loss, fit_spectrum, frontier
 from grsd_callbacks.shells import ShellBudget
 
+#: share of |r|^2 that the frozen basis must hold for its energy median to be a frontier
+LEAST_COVERAGE = 0.9
+
 
 @dataclass
 class Trajectory:
@@ -31,11 +34,14 @@ class Trajectory:
         """Whether any flow time has passed."""
         return bool(self.flow_time) and self.flow_time[-1] > 0
 
-    def append(self, flow_time: float, loss: float, edges: Tensor, frozen_energy: Tensor) -> None:
-        """Add one measurement."""
+    def append(
+        self, flow_time: float, loss: float, edges: Tensor, frozen_energy: Tensor, coverage: float = 1.0
+    ) -> None:
+        """Add one measurement; without a frontier if the frozen basis holds too little of the residual."""
         self.flow_time.append(flow_time)
         self.loss.append(loss)
-        self.frontier.append(float(frontier(edges.numpy(), frozen_energy.numpy())))
+        held = coverage >= LEAST_COVERAGE
+        self.frontier.append(float(frontier(edges.numpy(), frozen_energy.numpy())) if held else math.nan)
 
     def chi(self, compare: bool = True) -> PowerLawFit:
         """Loss exponent, on the longest straight window."""

@@ -33,6 +33,7 @@ GOLDEN = {
     "grsd_exponents/q": ALL,
     "grsd_health/coverage": LATER,
     "grsd_health/failed": ALL,
+    "grsd_health/frozen_coverage": ALL,
     "grsd_health/gradient_free_parameters": ALL,
     "grsd_health/lr_lambda_max": ALL,
     "grsd_health/nominal_flow_time": ALL,

@@ -194,3 +194,37 @@ def test_pairs_that_fit():
     check_pair(resolve_loss("cross_entropy"), Y, CLASSES)
     check_pair(resolve_loss("cross_entropy"), Y, Y.softmax(1))
     check_pair(resolve_loss(F.l1_loss), Y, "anything")
+
+
+def test_ignored_targets_are_no_targets():
+    logits, labels = torch.randn(6, 3), torch.tensor([0, 1, -100, 2, -100, 1])
+    vector = resolve_loss("cross_entropy").target_vector(logits, labels).reshape(6, 3)
+    assert not vector[[2, 4]].any() and vector[[0, 1, 3, 5]].any(1).all()
+
+
+def test_another_scale_than_the_losss_own_has_no_energy_meaning():
+    assert resolve_loss("mse", nu=1.0).kind == "general"
+
+
+def test_a_callable_without_second_derivative_keeps_the_default_scale():
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, f):
+            ctx.save_for_backward(f)
+            return f.square().sum()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, g):
+            return 2 * g * ctx.saved_tensors[0]
+
+    loss = resolve_loss(lambda f, y: Once.apply(f - y))
+    f, y = torch.randn(4, 2).double(), torch.randn(4, 2).double()
+    calibrated = calibrate(loss, f, y)
+    assert calibrated.kind == "general" and calibrated.scale(f, y) == 0.25
+
+
+def test_a_callable_that_holds_float32_tensors_is_taken_in_float32():
+    scales = torch.ones(2, 2)
+    at = resolve_loss(lambda f, y: ((f - y) @ scales).square().mean()).evaluate(torch.randn(4, 2), torch.zeros(4, 2))
+    assert at.residual.dtype == torch.float64 and bool(at.residual.isfinite().all())

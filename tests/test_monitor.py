@@ -186,7 +186,7 @@ def test_replaced_parameters_break_the_flux():
         monitor.step(step, optimizer=optimizer)
         descend(net, x, y, optimizer)
     reasons = [s.reasons.get("flux", "") for s in monitor.history]
-    assert reasons == ["first measurement", "", "parameters were replaced between measurements", ""]
+    assert reasons == ["first measurement", "", "parameters were replaced, frozen or unfrozen between measurements", ""]
 
 
 def test_new_segment_breaks_the_flux_once():
@@ -364,3 +364,110 @@ def test_summary_reads_as_a_table():
     text = loop(4).summary()
     assert text.startswith("shells of M = nu J J^T, 6 samples x 2 outputs, exact; step 0 -> 4")
     assert all(part in text for part in ("exponents, 95 % intervals", "sum E = L", "cost: 3 measurements"))
+
+
+def test_a_learning_rate_schedule_is_read_step_by_step():
+    """W_a / (lr D_a) is 1 under full-batch descent whatever the scheduler does; the probe closure too."""
+    net, x, y = problem()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    monitor = ShellMonitor(net, "mse", (x, y), every_n_steps=1, on_error="raise")
+    for step in range(6):
+        monitor.step(step, optimizer=optimizer)
+        descend(net, x, y, optimizer)
+        scheduler.step()
+    monitor.finish()
+    assert [s.summary["effective_lr"] for s in monitor.history[:-1]] == pytest.approx([1.0] * 6, rel=1e-6)
+    assert [s.closures["probe"] for s in monitor.history[:-1]] == pytest.approx([1.0] * 6, rel=1e-6)
+    assert monitor.flow_time == pytest.approx(sum(0.1 * 0.5**k for k in range(6)))
+
+
+def test_flow_time_given_by_the_user_is_exact():
+    net, x, y = problem()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    monitor = ShellMonitor(net, "mse", (x, y), every_n_steps=1, on_error="raise")
+    for step in range(4):
+        monitor.step(step, flow_time=0.1 * step)
+        descend(net, x, y, optimizer)
+    monitor.finish(flow_time=0.4)
+    assert [s.flow_time for s in monitor.history] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+    assert all(s.health["nominal_flow_time"] == 0 for s in monitor.history)
+    assert all(not s.reasons for s in monitor.history[1:])
+    assert [s.closures["probe"] for s in monitor.history[:-1]] == pytest.approx([1.0] * 4, rel=1e-6)
+
+
+def test_a_step_of_size_zero_gives_no_rate_and_no_failure():
+    net, x, y = problem()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    monitor = ShellMonitor(net, "mse", (x, y), every_n_steps=1, on_error="raise")
+    for step in range(3):
+        monitor.step(step, optimizer=optimizer)
+        descend(net, x, y, optimizer)
+    assert monitor.num_failed == 0
+    assert math.isnan(monitor.history[0].summary["effective_lr"])
+    assert monitor.history[1].reasons["flux"] == "no flow time has passed (dt = 0)"
+
+
+def test_unfreezing_is_a_break():
+    net, x, y = problem()
+    net[0].weight.requires_grad_(False)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    monitor = ShellMonitor(net, "mse", (x, y), every_n_steps=1)
+    for step in range(4):
+        net[0].weight.requires_grad_(step >= 2)
+        monitor.step(step, optimizer=optimizer)
+        descend(net, x, y, optimizer)
+    assert "unfrozen" in monitor.history[2].reasons["flux"] and not monitor.history[3].reasons
+
+
+def test_a_resumed_loop_keeps_its_flow_time():
+    net, x, y = problem()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    monitor = ShellMonitor(net, "mse", (x, y), every_n_steps=5)
+    for step in range(10):
+        monitor.step(step, optimizer=optimizer)
+        descend(net, x, y, optimizer)
+    resumed = ShellMonitor(net, "mse", (x, y), every_n_steps=5)
+    resumed.load_state_dict(monitor.state_dict())
+    for step in range(10, 20):
+        resumed.step(step, optimizer=optimizer)
+        descend(net, x, y, optimizer)
+    assert [s.flow_time for s in resumed.history] == pytest.approx([0.0, 0.25, 0.5, 0.75])
+    assert resumed.history[-1].health["nominal_flow_time"] == 0
+
+
+def test_steps_that_go_backwards_are_one_warning():
+    net, x, y = problem()
+    monitor = ShellMonitor(net, "mse", (x, y), every_n_steps=1)
+    monitor.step(3, lr=0.1)
+    with pytest.warns(MeasurementWarning, match="step went backwards"):
+        monitor.step(0, lr=0.1)
+
+
+@pytest.mark.parametrize("method", ["krylov", "randomized"])
+def test_incomplete_bases_keep_work_and_frozen_share_honest(method):
+    net, x, y = problem()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    monitor = ShellMonitor(net, "mse", (x, y), every_n_steps=1, method=method, num_matvecs=4, on_error="raise")
+    for step in range(3):
+        monitor.step(step, optimizer=optimizer)
+        descend(net, x, y, optimizer)
+    for snapshot in monitor.history[:2]:
+        assert snapshot.summary["effective_lr"] == pytest.approx(1.0, rel=1e-6)
+        assert snapshot.closures["probe"] == pytest.approx(1.0, rel=1e-6)
+        assert abs(snapshot.closures["dissipation"]) < 1e-8 and abs(snapshot.closures["energy"]) < 1e-10
+        assert 0 < snapshot.health["frozen_coverage"] <= 1 + 1e-12
+    if method == "randomized":
+        assert monitor.history[0].energy_bounds.isnan().all()
+
+
+def test_the_record_closes_its_own_budget():
+    net, x, y = problem()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    monitor = ShellMonitor(net, "mse", (x, y), every_n_steps=2, on_error="raise")
+    for step in range(5):
+        monitor.step(step, optimizer=optimizer)
+        descend(net, x, y, optimizer)
+    before, after = monitor.history[:2]
+    change = (after.energy - before.energy) / after.summary["dt"]
+    torch.testing.assert_close(change, after.transport - after.flux_dissipation, rtol=1e-9, atol=1e-14)

@@ -1,5 +1,6 @@
 """Flow time is the sum of the learning rates that were really used."""
 
+import math
 from functools import partial
 
 import lightning_cases as cases
@@ -153,3 +154,14 @@ def test_a_step_that_moves_nothing_takes_no_flow_time(tmp_path):
         cases.fit(module, cases.classes(), tmp_path, [callback], max_epochs=1)
     assert [s.flow_time for s in callback.history] == pytest.approx([0.0, 0.1, 0.1, 0.2, 0.2])
     assert callback.history[2].reasons["flux"].startswith("no flow time has passed")
+
+
+class WithoutRate(torch.optim.Optimizer):
+    def __init__(self, params, **defaults):
+        super().__init__(params, defaults)
+
+
+@pytest.mark.parametrize("defaults", [{}, {"lr": None}])
+def test_optimizers_without_a_learning_rate_have_no_step_size(defaults):
+    size = step_size(WithoutRate([torch.nn.Parameter(torch.zeros(2))], **defaults))
+    assert math.isnan(size.flow) and size.nominal and "no learning rate" in size.why

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from grsd_callbacks.schedule import DECIDE_AT, FixedSchedule, LogSchedule, log_points, thinned
+from grsd_callbacks.schedule import DECIDE_AT, MARGIN, FixedSchedule, LogSchedule, log_points, thinned
 
 
 def due_steps(schedule, steps):
@@ -123,7 +123,16 @@ def test_measuring_stays_within_its_share(num_steps, max_overhead, cost):
     candidates = 2 + len(log_points(DECIDE_AT, num_steps - 1, 10))
     if len(measured) > 2:  # the first two are always made
         assert measuring + cost <= budget * (1 + 1e-6)
-    assert len(measured) >= min(math.floor(budget / cost) - 2, candidates)
+    assert len(measured) >= min(math.floor(budget / (MARGIN * cost)) - 3, candidates)
+
+
+def test_pairs_cost_twice_as_much():
+    kept = []
+    for pair in (False, True):
+        schedule = LogSchedule(max_overhead=0.1, total_steps=5_000, pair=pair)
+        simulate(schedule, 5_000, cost=2e-2)
+        kept.append(len(schedule.points))
+    assert kept[1] <= kept[0] / 2 + 1
 
 
 def test_all_candidates_if_affordable():
@@ -142,14 +151,14 @@ def test_a_cold_first_measurement_is_no_measure_of_the_next():
     """The cost of one is what the second, warm one took; the cold one only counts as spent."""
     schedule = LogSchedule(max_overhead=0.1, total_steps=3_000)
     measured = simulate(schedule, 3_000, cost=1e-2, cold=0.1)[0]
-    assert len(measured) - 2 == pytest.approx((0.1 * 3_000 * 1e-3 - 0.12) / 1e-2 - 1, abs=1)
+    assert len(measured) - 2 == pytest.approx((0.1 * 3_000 * 1e-3 - 0.12) / (MARGIN * 1e-2) - 2, abs=1)
     assert "one measurement 10 ms, one training step 1 ms" in schedule.describe()
 
 
 def test_unknown_length_starts_where_the_share_allows_its_density():
     schedule = LogSchedule(per_decade=10, max_overhead=0.02, total_steps=None)
     measured, measuring, training = simulate(schedule, 200_000, cost=1e-2)
-    first = 10 * 1e-2 / (0.02 * 1e-3 * math.log(10))
+    first = 10 * MARGIN * 1e-2 / (0.02 * 1e-3 * math.log(10))
     assert measured[:2] == [0, 1] and measured[2] == pytest.approx(first, rel=0.3)
     assert measuring <= 0.02 * training + 2 * 1e-2  # the two of the start come on top
     ratios = [b / a for a, b in zip(measured[2:], measured[3:])]

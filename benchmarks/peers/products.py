@@ -46,13 +46,11 @@ def figures(
     device: str,
     session: Callable[[Callable[[], Any]], Any] = lambda function: function(),
 ) -> worker.Result:
-    """Seconds and peak memory of a gradient and of a product, one after the other; products run inside `session`."""
-    _, gradient_bytes = worker.peak_of(unit, device)
+    """Seconds of a gradient and of a product in turn, and the product's memory; it runs inside `session`."""
     result, product_bytes = worker.peak_of(lambda: session(product), device)
     repeats = repeats_for(seconds(unit, device))
     return result, {
         "gradient_seconds": seconds(unit, device, repeats),
         "product_seconds": session(lambda: seconds(product, device, repeats)),
-        "gradient_bytes": gradient_bytes,
         "product_bytes": product_bytes,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from benchmarks.peers import torch_case, worker
 
@@ -12,15 +13,19 @@ from benchmarks.peers import torch_case, worker
 COLUMNS = 16
 
 
-def prepare(spec: dict[str, Any]) -> worker.Run:
-    """The operators are made once."""
+def operators(net: nn.Module, x: Tensor) -> tuple[Any, Any]:
+    """J and J^T on one batch (the targets are not used)."""
     from curvlinops.jacobian import JacobianLinearOperator
 
+    data = [(x, torch.zeros(len(x), device=x.device))]
+    found = JacobianLinearOperator(net, list(net.parameters()), data, check_deterministic=False, num_data=len(x))
+    return found, found.adjoint()
+
+
+def prepare(spec: dict[str, Any]) -> worker.Run:
+    """The operators are made once."""
     net, x = torch_case.net_and_inputs(spec)
-    jacobian = JacobianLinearOperator(
-        net, list(net.parameters()), [(x, torch.zeros(len(x)))], check_deterministic=False, num_data=len(x)
-    )
-    adjoint = jacobian.adjoint()
+    jacobian, adjoint = operators(net, x)
 
     def run() -> worker.Result:
         identity = torch.eye(jacobian.shape[0], device=x.device)

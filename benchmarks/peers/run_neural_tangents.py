@@ -38,6 +38,8 @@ def prepare(spec: dict[str, Any]) -> worker.Run:
     import neural_tangents as nt
 
     restore_names()
+    if spec.get("device", "cpu") != "cpu":
+        raise NotImplementedError("measured on the CPU only")
     if spec["net"] != "mlp":
         raise NotImplementedError("only the MLP has been written in JAX")
     stored = np.load(spec["weights"])

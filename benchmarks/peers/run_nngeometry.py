@@ -16,7 +16,7 @@ def prepare(spec: dict[str, Any]) -> worker.Run:
 
     net, x = torch_case.net_and_inputs(spec)
     layers = LayerCollection.from_model(net)
-    y = torch.zeros(len(x), dtype=torch.long)
+    y = torch.zeros(len(x), dtype=torch.long, device=x.device)
 
     def run() -> worker.Result:
         gram = GramMatrix(net, (x, y), function=lambda *d: net(d[0]), layer_collection=layers).to_torch()

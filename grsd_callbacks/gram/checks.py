@@ -105,8 +105,7 @@ def _separate(record: Record, v: Tensor, calls: list[Call]) -> Iterator[tuple[Ca
     w = 1.5 + 0.5 * torch.tanh(random_like(v[:, 0], 1))
     edges = [call.output_edge for call in calls]
     plain, weighted = (
-        torch.autograd.grad(record.outputs, edges, x, retain_graph=True, allow_unused=True)
-        for x in (v, w[:, None] * v)
+        torch.autograd.grad(record.outputs, edges, x, retain_graph=True, allow_unused=True) for x in (v, w[:, None] * v)
     )
     for call, g, other in zip(calls, plain, weighted):
         if g is None or other is None:
@@ -133,9 +132,7 @@ def _rule_holds(
     return float((total - exact).norm()) <= allowed
 
 
-def _pulled(
-    call: Call, role: str, g: Tensor, n: int, shape: torch.Size, max_patches: int
-) -> tuple[Tensor, float]:
+def _pulled(call: Call, role: str, g: Tensor, n: int, shape: torch.Size, max_patches: int) -> tuple[Tensor, float]:
     """The call's share of J_p^T v by our rule, and the size |left| |right| of what it sums."""
     if not call.is_factored(role):
         rows = call.diagonal(role, g, slice(None), n)

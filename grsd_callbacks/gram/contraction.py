@@ -143,6 +143,4 @@ class Accumulator:
         """Row ranges of whole samples for the block triangle."""
         count = max(1, min(_MAX_BLOCKS, self.n * self.width // _MIN_BLOCK, self.n))
         step = -(-self.n // count)
-        return (
-            slice(i * self.width, min(i + step, self.n) * self.width) for i in range(0, self.n, step)
-        )
+        return (slice(i * self.width, min(i + step, self.n) * self.width) for i in range(0, self.n, step))
