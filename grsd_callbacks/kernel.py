@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from grsd_callbacks.functional import ModelFunction, ParameterFilter
 from grsd_callbacks.gram import exact_gram
+from grsd_callbacks.losses import wide_dtype
 from grsd_callbacks.probe import num_samples, take
 
 T = TypeVar("T")
@@ -99,6 +100,7 @@ class NTKOperator:
         self.adjoint_gap = float("nan")
         self.refused: dict[str, str] = {}
         self._forward = None if forward == "auto" else forward
+        self._checked = False
         self._graph: _Graph | None = None
         self._outputs: Tensor | None = None
 
@@ -147,7 +149,14 @@ class NTKOperator:
         """Choose the path for J w if none is chosen yet: the fastest right one, or untimed the first right one."""
         if self._forward is None:
             self._forward = self.run(lambda: self._choose_forward(timed))
+        elif not self._checked:
+            self.run(self._check_asked)
+        self._checked = True
         return self._forward
+
+    def adopt(self, path: str) -> None:
+        """Take a path for J w that has been checked on the same model before."""
+        self._forward, self._checked = path, True
 
     # -- products ----------------------------------------------------------------------------------------
 
@@ -219,12 +228,7 @@ class NTKOperator:
 
     def _jvp_double(self, index: slice, tangents: list[Tensor]) -> Tensor:
         """J w = d/dz (w . J^T z): the exact transpose of the backward pass in use."""
-        graph = self._graph_of(index)
-        if graph.cotangent is None:
-            z = torch.zeros_like(graph.outputs, requires_grad=True)
-            leaves = list(self.function.parameters.values())
-            pulled = torch.autograd.grad(graph.outputs, leaves, z, create_graph=True, allow_unused=True)
-            graph.cotangent, graph.pulled = z, list(pulled)
+        graph = self._pulled(index)
         pairs = [(g, w) for g, w in zip(graph.pulled, tangents, strict=True) if g is not None and g.requires_grad]
         if not pairs:
             return torch.zeros_like(graph.outputs)
@@ -232,6 +236,16 @@ class NTKOperator:
             [g for g, _ in pairs], graph.cotangent, [w for _, w in pairs], retain_graph=True
         )
         return product.detach()
+
+    def _pulled(self, index: slice) -> _Graph:
+        """The graph of a chunk with J^T z as a differentiable function of z."""
+        graph = self._graph_of(index)
+        if graph.cotangent is None:
+            z = torch.zeros_like(graph.outputs, requires_grad=True)
+            leaves = list(self.function.parameters.values())
+            pulled = torch.autograd.grad(graph.outputs, leaves, z, create_graph=True, allow_unused=True)
+            graph.cotangent, graph.pulled = z, list(pulled)
+        return graph
 
     def _jvp_forward(self, index: slice, tangents: list[Tensor]) -> Tensor:
         names, leaves = zip(*self.function.parameters.items(), strict=True)
@@ -246,22 +260,26 @@ class NTKOperator:
             return torch.func.jvp(f, primals, tuple(tangents))[1].detach()
 
     def _jvp_central(self, index: slice, tangents: list[Tensor]) -> Tensor:
-        """(f(theta + h w) - f(theta - h w)) / 2h with |h w| = eps^(1/3) |theta|."""
-        theta = {name: p.detach() for name, p in self.function.parameters.items()}
-        size = torch.stack([t.norm() for t in tangents]).norm()
-        if not size > 0:
-            return torch.zeros_like(self._graph_of(index).outputs)
-        scale = torch.stack([p.norm() for p in theta.values()]).norm().clamp_min(1e-3)
-        h = torch.finfo(self.dtype).eps ** (1 / 3) * scale / size
+        """(f(theta + h w) - f(theta - h w)) / 2h, on float64 copies where the model runs in float64."""
         inputs = take(self.inputs, index, self.num_samples)
+        size = float(torch.stack([t.norm() for t in tangents]).norm())
+        scale = float(torch.stack([p.detach().norm() for p in self.function.parameters.values()]).norm())
+        if size == 0.0:
+            return torch.zeros_like(self._graph_of(index).outputs)
+        relative = max(scale, 1e-3) / size
+        try:
+            return self._difference(inputs, tangents, 1e-5 * relative, wide_dtype(self.device))
+        except (RuntimeError, ValueError):  # casts of its own inside the model
+            return self._difference(inputs, tangents, torch.finfo(self.dtype).eps ** (1 / 3) * relative, self.dtype)
+
+    def _difference(self, inputs: Any, tangents: list[Tensor], h: float, dtype: torch.dtype) -> Tensor:
+        velocity = dict(zip(self.parameter_names, tangents, strict=True))
+        ends = []
         with torch.no_grad():
-            ends = [
-                self.function.outputs(
-                    inputs, {k: p + s * h * w for (k, p), w in zip(theta.items(), tangents, strict=True)}
-                )
-                for s in (1.0, -1.0)
-            ]
-        return (ends[0] - ends[1]) / (2 * h)
+            for shift in (h, -h):
+                function = self.function.moved(velocity, shift, dtype=dtype)
+                ends.append(function.run(lambda f=function: f.outputs(inputs).detach()))
+        return ((ends[0] - ends[1]) / (2 * h)).to(self.dtype)
 
     # -- choice of the forward path ----------------------------------------------------------------------
 
@@ -270,7 +288,6 @@ class NTKOperator:
         generator = torch.Generator().manual_seed(0)
         v = torch.randn(self.shape[0], generator=generator, dtype=torch.float64).to(self.device, self.dtype)
         products = self.num_products
-        self._vjp(v)
         w, backward_seconds = self._timed(lambda: self._vjp(v))
         best: tuple[float, str, float] | None = None
         for path in FORWARD_PATHS:
@@ -286,17 +303,43 @@ class NTKOperator:
         self.adjoint_gap = best[2]
         return best[1]
 
+    def _check_asked(self) -> None:
+        """A path the user asked for is taken, but not silently if it is wrong."""
+        assert self._forward is not None
+        generator = torch.Generator().manual_seed(0)
+        v = torch.randn(self.shape[0], generator=generator, dtype=torch.float64).to(self.device, self.dtype)
+        products = self.num_products
+        w = self._vjp(v)
+        self.adjoint_gap = self._gap(v, w, self._jvp(w, self._forward))  # a path that cannot work raises here
+        self.num_products = products
+        if not self.adjoint_gap <= ADJOINT_TOLERANCE.get(self.dtype, 1e-3):
+            warnings.warn(
+                f"J w by forward={self._forward!r} is not the transpose of J^T v on this model "
+                f"(gap {self.adjoint_gap:.1e}); use forward='auto'",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _gap(self, v: Tensor, w: Tensor, product: Tensor) -> float:
+        """Relative gap |v . J w - |w|^2| / |w|^2 for w = J^T v; 0 if w is zero."""
+        wide = wide_dtype(w.device)
+        squared = float(w.to(wide) @ w.to(wide))
+        return abs(float(v.to(wide) @ product.to(wide)) - squared) / squared if squared > 0 else 0.0
+
     def _try_path(self, path: str, v: Tensor, w: Tensor) -> tuple[float, float] | None:
         """(seconds, adjoint gap) of one product on a path, or None with the reason in `refused`."""
         try:
-            product = self._jvp(w, path)
+            if path == "double_backward":
+                for index in self._chunks():
+                    self._pulled(index)
+            elif path == "forward":
+                self._jvp(w, path)  # the first call of a process loads decompositions
             product, seconds = self._timed(lambda: self._jvp(w, path))
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
             self.refused[path] = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             return None
-        squared = float(w.double() @ w.double()) if w.device.type != "mps" else float(w @ w)
-        gap = abs(float((v * product).sum(dtype=w.dtype)) - squared) / max(squared, 1e-300)
-        if squared > 0 and not gap <= ADJOINT_TOLERANCE.get(self.dtype, 1e-3):
+        gap = self._gap(v, w, product)
+        if not gap <= ADJOINT_TOLERANCE.get(self.dtype, 1e-3):
             self.refused[path] = f"J w is not the transpose of J^T v (gap {gap:.1e})"
             return None
         return seconds, gap

@@ -147,9 +147,9 @@ def measure_with_operator(
     `forward` is the operator's known path for J w; `start` are vectors (m, j) that warm-start the randomized method.
     """
     began = time.perf_counter()
-    op = NTKOperator(
-        model, probe.inputs, params=settings.params, outputs=settings.outputs, dtype=settings.dtype, forward=forward
-    )
+    op = NTKOperator(model, probe.inputs, params=settings.params, outputs=settings.outputs, dtype=settings.dtype)
+    if forward != "auto":
+        op.adopt(forward)
     instant = op.run(lambda: _measured(op, probe, loss, settings, grid, start))
     synchronise(op.device)
     instant.cost.update(seconds=time.perf_counter() - began, products=op.num_products)

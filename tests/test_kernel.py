@@ -202,3 +202,30 @@ def test_the_device(device):
     op = NTKOperator(model, x)
     V = randn(21, 2).to(device)
     assert relative(op @ V, J @ (J.T @ V)) < 1e-10 and op.device.type == device.type
+
+
+def test_central_differences_of_a_float32_model_are_taken_in_float64():
+    net = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.LayerNorm(16), nn.Linear(16, 3))
+    x, v = torch.randn(7, 5), torch.randn(21)
+    products = [NTKOperator(net, x, forward=path) @ v for path in ("double_backward", "central")]
+    torch.testing.assert_close(products[1], products[0], rtol=1e-5, atol=1e-5)
+
+
+class Straight(nn.Module):
+    """Forward mode differentiates through the block without gradients, backward mode does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([2.0]))
+
+    def forward(self, x):
+        with torch.no_grad():
+            gate = self.w**2
+        return self.w * x + gate * x
+
+
+def test_a_forced_path_that_is_wrong_is_not_silent():
+    op = NTKOperator(Straight(), torch.ones(2, 1), forward="forward")
+    with pytest.warns(RuntimeWarning, match="not the transpose of J.T v .*use forward='auto'"):
+        op @ torch.ones(2)
+    assert op.adjoint_gap > 0.1
