@@ -26,6 +26,22 @@ def kernel_comparison(state: KernelState, reference: KernelState) -> dict[str, f
     return {"kernel_drift": drift, "cka_distance": 1 - _cka(state, reference)}
 
 
+def estimated_comparison(images: Tensor, reference: Tensor) -> dict[str, float]:
+    """As `kernel_comparison`, from the images of one random vector: E |(M - M_0) z|^2 = |M - M_0|_F^2 / m.
+
+    Args:
+        images, reference: [M z, H M H z] now and at the first measurement, shape (m, 2), the same z.
+
+    Accuracy: a ratio of one-vector estimates; relative error about (2 / effective rank)^(1/2) of what is compared.
+    """
+    now, then = images, reference.to(images)
+    size, product = float(then[:, 0].norm()), float(now[:, 1].norm() * then[:, 1].norm())
+    return {
+        "kernel_drift": float((now[:, 0] - then[:, 0]).norm()) / size if size > 0 else math.nan,
+        "cka_distance": 1 - float(now[:, 1] @ then[:, 1]) / product if product > 0 else math.nan,
+    }
+
+
 def _cka(state: KernelState, reference: KernelState) -> float:
     """Centred kernel alignment <HMH, HM_0H>_F / (|HMH|_F |HM_0H|_F), H = 1 - 11^T / m."""
     roots = [_centred_root(s) for s in (state, reference)]

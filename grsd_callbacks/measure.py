@@ -16,7 +16,7 @@ from grsd_callbacks.flux import KernelState
 from grsd_callbacks.functional import ParameterFilter
 from grsd_callbacks.gram import exact_gram
 from grsd_callbacks.kernel import NTKOperator, synchronise
-from grsd_callbacks.losses import Loss, Residual, check_pair
+from grsd_callbacks.losses import Loss, Residual, check_pair, wide_dtype
 from grsd_callbacks.method import method_by_size
 from grsd_callbacks.probe import Probe
 from grsd_callbacks.randomized import randomized_eigenpairs
@@ -87,6 +87,7 @@ class Instant:
         budget: shell contents.
         eigenvalues, weights: see `Snapshot`.
         summary, health, cost, paths: see `Snapshot`.
+        images: [M z, H M H z] of the fixed random unit vector z, shape (m, 2), H centring; None on the exact path.
     """
 
     method: str
@@ -100,6 +101,7 @@ class Instant:
     eigenvalues: Tensor
     weights: Tensor | None
     summary: dict[str, float]
+    images: Tensor | None = None
     health: dict[str, float] = field(default_factory=dict)
     cost: dict[str, float] = field(default_factory=dict)
     paths: dict[str, str] = field(default_factory=dict)
@@ -125,7 +127,7 @@ def measure(
         ValueError: outputs and targets do not fit the loss.
 
     Cost: exact: one exact kernel and one m x m eigendecomposition; krylov: `num_matvecs` +
-        `num_density_matvecs` kernel products. Both: one gradient for the dissipation closure.
+        `num_density_matvecs` + 3 kernel products. Both: one gradient for the dissipation closure.
 
     Accuracy: totals of energy and dissipation exact to rounding; exact path: shells down to `floor`.
     """
@@ -185,7 +187,7 @@ def _measured(
         **found,
     )
     instant.summary["num_parameters"] = float(op.num_parameters)
-    instant.summary["target_alignment"] = _target_alignment(instant, outputs, loss, probe)
+    instant.summary["target_alignment"] = _target_alignment(op, instant, loss.target_vector(outputs, probe.targets))
     return instant
 
 
@@ -259,6 +261,7 @@ def _krylov(op: NTKOperator, r: Residual, settings: Settings, grid: ShellGrid | 
         "eigenvalues": measure_of_r.nodes.flip(0),
         "weights": measure_of_r.weights.flip(0),
         "summary": {**summary, "residual_norm_sq": measure_of_r.mass, "floor": floor},
+        "images": _random_images(op, r.nu, settings.seed),
         "paths": {"products": op.forward_path, **{f"refused {k}": v for k, v in op.refused.items()}},
     }
 
@@ -288,6 +291,7 @@ def _randomized(
         "eigenvalues": pairs.values.flip(0).to("cpu", torch.float64),
         "weights": g2.flip(0).to("cpu", torch.float64),
         "summary": {**scales, "residual_norm_sq": size, "floor": floor},
+        "images": _random_images(op, r.nu, settings.seed),
         "paths": {"products": op.forward_path, **{f"refused {k}": v for k, v in op.refused.items()}},
     }
 
@@ -334,15 +338,28 @@ def _require_finite(op: NTKOperator) -> None:
         raise BadState(f"parameters hold NaN or Inf: {', '.join(bad[:3])}{' ...' if len(bad) > 3 else ''}")
 
 
-def _target_alignment(instant: Instant, outputs: Tensor, loss: Loss, probe: Probe) -> float:
-    """y^T M y / (|M|_F |y|^2), y the targets (class indicators, centred over classes); NaN where undefined."""
-    y = loss.target_vector(outputs, probe.targets)
-    state = instant.state
-    if y is None or not state.is_complete:
+def _target_alignment(op: NTKOperator, instant: Instant, y: Tensor | None) -> float:
+    """y^T M y / (|M|_F |y|^2) for the target vector y; NaN where it is not defined."""
+    if y is None:
         return math.nan
-    c2 = (state.vectors.T @ y.to(state.vectors)) ** 2
-    size = float(state.eigenvalues.norm()) * float(c2.sum())
-    return float((state.eigenvalues * c2).sum()) / size if size > 0 else math.nan
+    y = y.to(instant.state.residual)
+    if instant.images is None:
+        quadratic = float((instant.state.eigenvalues * (instant.state.vectors.T @ y) ** 2).sum())
+        norm = float(instant.state.eigenvalues.norm())
+    else:
+        quadratic = instant.nu * float(op.vjp(y).to(y).square().sum())
+        norm = math.sqrt(y.numel()) * float(instant.images[:, 0].norm())  # E |M z|^2 = |M|_F^2 / m
+    size = norm * float(y @ y)
+    return quadratic / size if size > 0 else math.nan
+
+
+def _random_images(op: NTKOperator, nu: float, seed: int) -> Tensor:
+    """[M z, H M H z] for a random unit vector z that is the same at every measurement, shape (m, 2). Two products."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    z = torch.randn(op.shape[0], 1, generator=generator, dtype=torch.float64).to(op.device, wide_dtype(op.device))
+    z = z / z.norm()
+    images = nu * (op @ torch.cat([z, z - z.mean()], dim=1)).to(z)
+    return torch.cat([images[:, :1], images[:, 1:] - images[:, 1:].mean()], dim=1)
 
 
 def _summarised(paths: dict[str, str]) -> str:

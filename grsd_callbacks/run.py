@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grsd_callbacks.comparison import frozen_kernel_share, kernel_comparison
+from grsd_callbacks.comparison import estimated_comparison, frozen_kernel_share, kernel_comparison
 from grsd_callbacks.exponents import PowerLawFit, fit_energy, fit_spectrum
 from grsd_callbacks.flux import KernelState, ShellFlux, four_corner_flux, no_flux
 from grsd_callbacks.kernel import NTKOperator
@@ -42,7 +42,7 @@ class Run:
     Attributes:
         history: snapshots in order.
         trajectory: the series that exponents are fitted to.
-        grid, frozen: shells and basis of the first measurement.
+        grid, frozen: shells and basis of the first measurement; frozen_images: its images of a random vector.
         flow_time: t so far.
         size: step size of the coming optimizer step.
         steps_since: optimizer steps since the last measurement.
@@ -54,6 +54,7 @@ class Run:
     trajectory: Trajectory = field(default_factory=Trajectory)
     grid: ShellGrid | None = None
     frozen: KernelState | None = None
+    frozen_images: Tensor | None = None
     flow_time: float = 0.0
     size: StepSize = NO_STEP_SIZE
     steps_since: int = 0
@@ -78,7 +79,7 @@ class Run:
         """The snapshot of a measurement, appended to the history."""
         budget, grid = instant.budget, instant.budget.grid
         if self.grid is None or self.frozen is None:
-            self.grid, self.frozen = grid, instant.state
+            self.grid, self.frozen, self.frozen_images = grid, instant.state, instant.images
         frozen_energy, frozen_coverage = self.frozen.energies(instant.state.residual, grid)
         instant.health["frozen_coverage"] = frozen_coverage
         self.trajectory.append(self.flow_time, instant.loss, grid.edges, frozen_energy, frozen_coverage)
@@ -137,7 +138,9 @@ class Run:
             summary["frozen_kernel_share"] = frozen_kernel_share(
                 self._previous[1], instant.state.residual, flux.dt / self.steps_since, self.steps_since
             )
-        if self.frozen is not None:
+        if instant.images is not None and self.frozen_images is not None:
+            summary.update(estimated_comparison(instant.images, self.frozen_images))
+        elif self.frozen is not None:
             summary.update(kernel_comparison(instant.state, self.frozen))
         return summary
 
@@ -168,6 +171,7 @@ class Run:
             "nominal_flow_time": float(bool(self.nominal or self.size.nominal)),
             "unresolved_energy": float(budget.energy[~budget.resolved].sum()) / total if total > 0 else 0.0,
             "coverage": flux.coverage,
+            "estimated_regime": float(instant.images is not None),
         }
 
     # -- the optimizer step after a measurement ----------------------------------------------------------
@@ -260,6 +264,7 @@ class Run:
             "frozen": None
             if frozen is None
             else {"eigenvalues": frozen.eigenvalues, "vectors": frozen.vectors, "residual": frozen.residual},
+            "frozen_images": self.frozen_images,
             "history": [snapshot.to_json() for snapshot in self.history],
             "trajectory": self.trajectory.state_dict(),
             "flow_time": self.flow_time,
@@ -276,6 +281,7 @@ class Run:
             trajectory=Trajectory.from_state(state["trajectory"]),
             grid=None if state["edges"] is None else ShellGrid(state["edges"]),
             frozen=None if frozen is None else KernelState(**{k: v.to(device) for k, v in frozen.items()}),
+            frozen_images=None if state["frozen_images"] is None else state["frozen_images"].to(device),
             flow_time=float(state["flow_time"]),
             nominal=str(state["nominal"]),
             size=StepSize(**state["size"]),

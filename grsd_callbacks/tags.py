@@ -170,6 +170,11 @@ TAGS: dict[str, Tag] = {
     "grsd_health/unresolved_energy": Tag(
         "1", "share of the energy in shells that are not resolved", _from("health", "unresolved_energy")
     ),
+    "grsd_health/estimated_regime": Tag(
+        "flag",
+        "1 if kernel_drift, cka_distance and target_alignment are estimates from one random vector (not exact method)",
+        _from("health", "estimated_regime"),
+    ),
     "grsd_health/frozen_coverage": Tag(
         "1",
         "share of |r|^2 that the frozen first basis holds (1 when exact); below 0.9 there is no frontier",

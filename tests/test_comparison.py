@@ -7,7 +7,7 @@ import torch
 from nets import orthogonal, randn
 
 from grsd_callbacks import testing as known
-from grsd_callbacks.comparison import frozen_kernel_share, kernel_comparison
+from grsd_callbacks.comparison import estimated_comparison, frozen_kernel_share, kernel_comparison
 from grsd_callbacks.flux import KernelState
 
 
@@ -88,3 +88,28 @@ def test_an_incomplete_basis_predicts_what_it_holds():
     part = KernelState(lam[-6:], U[:, -6:], law.residual(0.0))
     share = frozen_kernel_share(part, law.descent_residual(0.5, 3), 0.5, 3)
     assert 0.98 < share < 1.0
+
+
+def test_one_random_vector_estimates_drift_and_shape():
+    """Against the exact comparison on kernels of high rank: mean of many draws, and each draw to its stated error."""
+    generator = torch.Generator().manual_seed(7)
+    m, rank = 120, 80
+    A, B = (torch.randn(m, rank, generator=generator, dtype=torch.float64) for _ in range(2))
+    K, L = A @ A.T / rank, (A + 0.3 * B) @ (A + 0.3 * B).T / rank
+    exact = kernel_comparison(state(L), state(K))
+    found = []
+    for _ in range(200):
+        z = torch.randn(m, 1, generator=generator, dtype=torch.float64)
+        z = z / z.norm()
+        images = [centred_images(M, z) for M in (L, K)]
+        found.append(estimated_comparison(*images))
+    for name in ("kernel_drift", "cka_distance"):
+        values = torch.tensor([x[name] for x in found])
+        assert float(values.mean()) == pytest.approx(exact[name], rel=0.1)
+        assert float(values.std()) < 0.4 * exact[name]
+    assert estimated_comparison(images[0], images[0]) == pytest.approx({"kernel_drift": 0.0, "cka_distance": 0.0})
+
+
+def centred_images(M, z):
+    image = M @ (z - z.mean())
+    return torch.cat([M @ z, image - image.mean()], dim=1)

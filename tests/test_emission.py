@@ -32,6 +32,7 @@ GOLDEN = {
     "grsd_exponents/a": ALL,
     "grsd_exponents/q": ALL,
     "grsd_health/coverage": LATER,
+    "grsd_health/estimated_regime": ALL,
     "grsd_health/failed": ALL,
     "grsd_health/frozen_coverage": ALL,
     "grsd_health/gradient_free_parameters": ALL,
