@@ -26,8 +26,9 @@ from grsd_callbacks.guard import undisturbed
 from grsd_callbacks.kernel import NTKOperator
 from grsd_callbacks.losses import Loss, resolve_loss
 from grsd_callbacks.measure import Instant, Settings, measure
-from grsd_callbacks.monitor import MeasurementWarning, ShellMonitor
+from grsd_callbacks.monitor import ShellMonitor
 from grsd_callbacks.optimizer import StepSize, step_size
+from grsd_callbacks.outlet import MeasurementWarning
 from grsd_callbacks.probe import Probe
 from grsd_callbacks.shells import ShellBudget, ShellGrid, shell_budget
 from grsd_callbacks.sinks import JSONLinesSink, LoggerSink, MemorySink, Sink, TensorBoardSink, read_json_lines

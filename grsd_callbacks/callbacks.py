@@ -18,8 +18,9 @@ from grsd_callbacks.functional import ModelFunction, select_parameters
 from grsd_callbacks.guard import preserve_object_rng, undisturbed
 from grsd_callbacks.losses import Loss, check_pair, resolve_loss
 from grsd_callbacks.measure import Settings
-from grsd_callbacks.monitor import ShellMonitor, check_num_probe, make_schedule, warn, warn_of_few_samples
+from grsd_callbacks.monitor import ShellMonitor, check_num_probe, make_schedule, warn_of_few_samples
 from grsd_callbacks.optimizer import step_size
+from grsd_callbacks.outlet import warn
 from grsd_callbacks.probe import Probe, probe_from, unpack_batch
 from grsd_callbacks.sinks import JSONLinesSink, LoggerSink, Sink
 from grsd_callbacks.snapshot import Snapshot

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -230,7 +231,7 @@ class NTKOperator:
         """J w = d/dz (w . J^T z): the exact transpose of the backward pass in use."""
         graph = self._pulled(index)
         pairs = [(g, w) for g, w in zip(graph.pulled, tangents, strict=True) if g is not None and g.requires_grad]
-        if not pairs:
+        if not pairs or graph.cotangent is None:
             return torch.zeros_like(graph.outputs)
         (product,) = torch.autograd.grad(
             [g for g, _ in pairs], graph.cotangent, [w for _, w in pairs], retain_graph=True
@@ -278,7 +279,7 @@ class NTKOperator:
         with torch.no_grad():
             for shift in (h, -h):
                 function = self.function.moved(velocity, shift, dtype=dtype)
-                ends.append(function.run(lambda f=function: f.outputs(inputs).detach()))
+                ends.append(function.run(partial(function.outputs, inputs)).detach())
         return ((ends[0] - ends[1]) / (2 * h)).to(self.dtype)
 
     # -- choice of the forward path ----------------------------------------------------------------------

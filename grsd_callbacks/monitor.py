@@ -6,10 +6,8 @@ can go wrong in a measurement becomes one warning and `grsd_health/failed`; wron
 
 from __future__ import annotations
 
-import logging
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -17,28 +15,21 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from grsd_callbacks import tags
-from grsd_callbacks.emission import Emission
 from grsd_callbacks.exponents import PowerLawFit
-from grsd_callbacks.figures import run_figures
 from grsd_callbacks.kernel import NTKOperator
 from grsd_callbacks.losses import Loss, calibrate, check_pair, resolve_loss
 from grsd_callbacks.measure import Settings, measure_with_operator
 from grsd_callbacks.method import choose_by_cost
 from grsd_callbacks.optimizer import NO_STEP_SIZE, StepSize, step_size
+from grsd_callbacks.outlet import Outlet, warn
 from grsd_callbacks.probe import Probe, probe_from
 from grsd_callbacks.report import start_report, summary_table
 from grsd_callbacks.run import Pending, Run
 from grsd_callbacks.schedule import FixedSchedule, LogSchedule
-from grsd_callbacks.sinks import SinkGroup
 from grsd_callbacks.snapshot import Snapshot
 
 #: a fixed schedule that costs more than this share of training is warned about, once
 COSTLY = 0.2
-
-
-class MeasurementWarning(UserWarning):
-    """A measurement failed or costs much; training is not affected."""
 
 
 class ShellMonitor:
@@ -120,8 +111,7 @@ class ShellMonitor:
         self.schedule = make_schedule(every_n_steps, max_overhead, total_steps, per_decade, pair)
         self.probe: Probe = probe_from(probe, num_probe, *([unpack] if unpack else []))
         warn_of_few_samples(num_probe, self.probe)
-        self.sinks = SinkGroup([] if writer is None else writer if isinstance(writer, (list, tuple)) else [writer])
-        self.prefix = prefix
+        self.outlet = Outlet(writer, prefix, on_error)
         self.on_error = on_error
         self.pair = pair
         self.work = work or transfer
@@ -137,7 +127,6 @@ class ShellMonitor:
         self._measuring_since: float | None = None
         self._first_step = 0
         self._elapsed_before = 0.0
-        self._warned: set[str] = set()
         self._versions: tuple[int, ...] | None = None
         self._identity = self._parameter_identity()
         self._charged(self._prepare)
@@ -219,7 +208,7 @@ class ShellMonitor:
         """Flow time and the latest measurement's update, by the step size that was in force since the last call."""
         num_steps = 0 if self._last_step is None else step - self._last_step
         if num_steps < 0:
-            self._warn(
+            self.outlet.warn_once(
                 "backwards", "grsd: step went backwards; give the number of optimizer steps since the run began."
             )
         if flow_time is not None:
@@ -291,14 +280,15 @@ class ShellMonitor:
                 snapshot = self._charged(lambda: self._attempt(last, lambda: self._take(last)))
         self._pending = None
         if self.history:
-            self._charged(lambda: self._try_to_write(self._write_summary))
-            if self.figures and self.sinks.sinks:
-                self._try_to_write(self._write_figures)
+            fits = self._charged(self.final_exponents)
+            self._charged(lambda: self.outlet.summary(self.history, fits))
+            if self.figures:
+                self.outlet.figures(self.history, fits)
         return snapshot
 
     def close(self) -> None:
         """Flush everything and close what this monitor has opened."""
-        self._try_to_write(self.sinks.close)
+        self.outlet.close()
 
     # -- one measurement ---------------------------------------------------------------------------------
 
@@ -328,7 +318,7 @@ class ShellMonitor:
             op.release()
             self._pending = Pending(step, op, instant.state, instant.nu, self.run.size)
         self._warn_if_costly()
-        self._try_to_write(lambda: self._write(snapshot))
+        self.outlet.snapshot(snapshot, self.num_failed, self.report if len(self.history) == 1 else None)
         return snapshot
 
     def _add_update(self, pending: Pending) -> None:
@@ -339,31 +329,7 @@ class ShellMonitor:
         change = pending.op.flatten([parameters[name].detach().to(copy) - copy.detach() for name, copy in copies])
         done = self.run.add_update(pending, change, self.run.size, transfer=self.transfer)
         if done is not None:
-            emission = Emission(step=done.step, scalars=tags.update_scalars(done), record=done.to_dict())
-            self._try_to_write(lambda: self._emit(emission))
-
-    # -- writing -----------------------------------------------------------------------------------------
-
-    def _write(self, snapshot: Snapshot) -> None:
-        emission = tags.emission(snapshot)
-        scalars = {**emission.scalars, tags.FAILED: float(self.num_failed)}
-        if len(self.history) == 1:
-            texts = {tags.MEANING: tags.meaning_card(), tags.REPORT: tags.preformatted(self.report)}
-            emission = replace(emission, texts=texts, layout=tags.layout(self.prefix))
-        self._emit(replace(emission, scalars=scalars))
-
-    def _emit(self, emission: Emission) -> None:
-        self.sinks.write(emission if self.prefix == "grsd_" else tags.renamed(emission, self.prefix))
-
-    def _write_summary(self) -> None:
-        table = summary_table(self.history, self.final_exponents())
-        last = self.history[-1]
-        self._emit(Emission(step=last.step, texts={tags.SUMMARY: tags.preformatted(table)}))
-        self.sinks.flush()
-
-    def _write_figures(self) -> None:
-        figures = run_figures(self.history, self.final_exponents())
-        self._emit(Emission(step=self.history[-1].step, figures=figures))
+            self.outlet.update(done)
 
     def final_exponents(self) -> dict[str, PowerLawFit]:
         """Exponents over the whole run, with the verdict between power law and its competitors (`Run`)."""
@@ -407,32 +373,16 @@ class ShellMonitor:
         self.num_failed += 1
         kind = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         self.new_segment("the measurement before this one failed")
-        self._warn(
+        self.outlet.warn_once(
             type(error).__name__,
             f"grsd: the measurement at step {step} failed ({kind}). Training goes on unchanged; the next measurement "
             "is tried as scheduled. Use on_error='raise' to see the traceback.",
         )
-        self._try_to_write(lambda: self._emit(Emission(step=step, scalars={tags.FAILED: float(self.num_failed)})))
-
-    def _try_to_write(self, function: Callable[[], None]) -> None:
-        """Write; a failure is one warning, and the values stay in `history`."""
-        try:
-            function()
-        except Exception as error:
-            if self.on_error == "raise":
-                raise
-            self._warn(
-                "write", f"grsd: values cannot be written ({type(error).__name__}: {error}); they are kept in history."
-            )
-
-    def _warn(self, key: str, message: str) -> None:
-        if key not in self._warned:
-            self._warned.add(key)
-            warn(message)
+        self.outlet.failed(step, self.num_failed)
 
     def _warn_if_costly(self) -> None:
         if isinstance(self.schedule, FixedSchedule) and len(self.history) >= 4 and self.overhead > COSTLY:
-            self._warn(
+            self.outlet.warn_once(
                 "costly",
                 f"grsd: measuring every {self.schedule.every_n_steps} steps costs {100 * self.overhead:.0f} % of the "
                 "training time; raise every_n_steps, take a smaller probe, or leave every_n_steps=None.",
@@ -479,14 +429,6 @@ class ShellMonitor:
         self._elapsed_before = float(state["elapsed_seconds"])
         self._started = None
         self._pending = None
-
-
-def warn(message: str) -> None:
-    """A `MeasurementWarning` that ends no training, even where warnings are errors."""
-    try:
-        warnings.warn(message, MeasurementWarning, stacklevel=2)
-    except MeasurementWarning:
-        logging.getLogger("grsd_callbacks").warning(message)
 
 
 def warn_of_few_samples(num_probe: int | None, probe: Probe) -> None:

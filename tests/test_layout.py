@@ -19,7 +19,7 @@ LEVELS = {
     6: {"snapshot", "measure", "emission", "trajectory", "run"},
     7: {"tags", "figures", "report"},
     8: {"sinks"},
-    9: {"schedule", "monitor"},
+    9: {"schedule", "outlet", "monitor"},
     10: {"callbacks", "cli"},
     11: {"testing"},  # for our tests and our users'; no module may need it
 }
@@ -32,6 +32,7 @@ SAME_LEVEL = {  # functional enters the guard of level 0; these pairs stand on o
     ("run", "snapshot"),
     ("run", "trajectory"),
     ("monitor", "schedule"),
+    ("monitor", "outlet"),
 }
 IMPORT_NOTHING_OF_OURS = {"exponents", "testing"}
 

@@ -154,7 +154,7 @@ def test_guard_of_modes_is_missed(monkeypatch):
 def test_copies_of_the_parameters_are_missed(monkeypatch):
     monkeypatch.setattr(grsd_callbacks.functional.ModelFunction, "_copy", lambda self, tensor: tensor.detach())
     with pytest.raises(DisturbedTraining, match="'net.embedding.weight' was written to in place"):
-        measured("embedding with max_norm")
+        measured("embedding with max_norm", on_error="raise")
 
 
 def test_generators_around_the_data_set_are_missed(monkeypatch):

@@ -1,0 +1,107 @@
+"""Where a monitor's values, texts, figures and warnings go. Nothing that goes wrong here ends a training run."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from grsd_callbacks import tags
+from grsd_callbacks.emission import Emission
+from grsd_callbacks.exponents import PowerLawFit
+from grsd_callbacks.figures import run_figures
+from grsd_callbacks.report import summary_table
+from grsd_callbacks.sinks import SinkGroup
+from grsd_callbacks.snapshot import Snapshot
+
+
+class MeasurementWarning(UserWarning):
+    """A measurement failed or costs much; training is not affected."""
+
+
+def warn(message: str) -> None:
+    """A `MeasurementWarning` that ends no training, even where warnings are errors."""
+    try:
+        warnings.warn(message, MeasurementWarning, stacklevel=2)
+    except MeasurementWarning:
+        logging.getLogger("grsd_callbacks").warning(message)
+
+
+class Outlet:
+    """The sinks of one monitor, under one prefix.
+
+    Args:
+        writer: anything `as_sink` takes, a list of such, or None.
+        prefix: what tags begin with.
+        on_error: "warn" (what cannot be written is one warning; it stays in the history) or "raise".
+    """
+
+    def __init__(self, writer: Any, prefix: str, on_error: str) -> None:
+        self.sinks = SinkGroup([] if writer is None else writer if isinstance(writer, (list, tuple)) else [writer])
+        self.prefix, self.on_error = prefix, on_error
+        self._warned: set[str] = set()
+
+    def snapshot(self, snapshot: Snapshot, num_failed: int, report: str | None) -> None:
+        """Write a measurement; with the report (given at the first one) also the meaning of tags and the layout."""
+
+        def write() -> None:
+            emission = tags.emission(snapshot)
+            scalars = {**emission.scalars, tags.FAILED: float(num_failed)}
+            if report is not None:
+                texts = {tags.MEANING: tags.meaning_card(), tags.REPORT: tags.preformatted(report)}
+                emission = replace(emission, texts=texts, layout=tags.layout(self.prefix))
+            self._write(replace(emission, scalars=scalars))
+
+        self._attempt(write)
+
+    def update(self, snapshot: Snapshot) -> None:
+        """Write what the optimizer step after a measurement has added to it."""
+        self._attempt(
+            lambda: self._write(
+                Emission(step=snapshot.step, scalars=tags.update_scalars(snapshot), record=snapshot.to_dict())
+            )
+        )
+
+    def failed(self, step: int, num_failed: int) -> None:
+        """Write the number of measurements that could not be made."""
+        self._attempt(lambda: self._write(Emission(step=step, scalars={tags.FAILED: float(num_failed)})))
+
+    def summary(self, history: Sequence[Snapshot], fits: Mapping[str, PowerLawFit]) -> None:
+        """Write the table of the run, and flush."""
+
+        def write() -> None:
+            table = tags.preformatted(summary_table(history, fits))
+            self._write(Emission(step=history[-1].step, texts={tags.SUMMARY: table}))
+            self.sinks.flush()
+
+        self._attempt(write)
+
+    def figures(self, history: Sequence[Snapshot], fits: Mapping[str, PowerLawFit]) -> None:
+        """Draw and write the figures of the run, if there is anywhere to write to."""
+        if self.sinks.sinks:
+            self._attempt(lambda: self._write(Emission(step=history[-1].step, figures=run_figures(history, fits))))
+
+    def close(self) -> None:
+        """Flush everything and close what was opened here."""
+        self._attempt(self.sinks.close)
+
+    def warn_once(self, key: str, message: str) -> None:
+        """One warning a key."""
+        if key not in self._warned:
+            self._warned.add(key)
+            warn(message)
+
+    def _write(self, emission: Emission) -> None:
+        self.sinks.write(emission if self.prefix == "grsd_" else tags.renamed(emission, self.prefix))
+
+    def _attempt(self, function: Callable[[], None]) -> None:
+        try:
+            function()
+        except Exception as error:
+            if self.on_error == "raise":
+                raise
+            self.warn_once(
+                "write", f"grsd: values cannot be written ({type(error).__name__}: {error}); they are kept in history."
+            )
