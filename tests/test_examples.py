@@ -40,3 +40,14 @@ def test_demo(tmp_path, capsys):
         assert {"grsd_figures/energy", "grsd_figures/flux"} <= set(events.Tags()["images"])
     squared = callbacks["squared"].history
     assert max(abs(s.closures["energy"]) for s in squared) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning")
+def test_overhead_benchmark_runs(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    bench = load("benchmarks", "bench_overhead")
+    out = tmp_path / "overhead.json"
+    record = bench.main(["--size", "tiny", "--logdir", str(tmp_path / "logs"), "--out", str(out)])
+    assert set(record["results"]) == {"squared", "cross_entropy"} and out.exists()
+    for found in record["results"].values():
+        assert found["reported_overhead_percent"] > 0 and found["measurements"] == [3]
