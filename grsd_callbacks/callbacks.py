@@ -15,13 +15,13 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils.data import IterableDataset
 
 from grsd_callbacks.functional import ModelFunction, select_parameters
-from grsd_callbacks.guard import preserve_object_rng, undisturbed
+from grsd_callbacks.guard import DisturbedTraining, preserve_object_rng, undisturbed
 from grsd_callbacks.losses import Loss, check_pair, resolve_loss
 from grsd_callbacks.measure import Settings
 from grsd_callbacks.monitor import ShellMonitor, check_num_probe, make_schedule, warn_of_few_samples
 from grsd_callbacks.optimizer import step_size
 from grsd_callbacks.outlet import warn
-from grsd_callbacks.probe import Probe, probe_from, unpack_batch
+from grsd_callbacks.probe import Probe, probe_from, restored, unpack_batch
 from grsd_callbacks.sinks import JSONLinesSink, LoggerSink, Sink
 from grsd_callbacks.snapshot import Snapshot
 
@@ -34,6 +34,8 @@ _BASES = (_Callback,) if _OtherCallback is _Callback else (_Callback, _OtherCall
 
 #: m = samples x outputs that probe="auto" aims at, by device type
 PROBE_SIZE = {"cpu": 320, "cuda": 2048}
+#: strategies that shard parameters
+SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 #: file of JSON lines in the run's log folder
 JSON_LINES = "grsd.jsonl"
 
@@ -170,7 +172,8 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         """Check what can be checked before any data is seen."""
         if stage != "fit":
             return
-        self.monitor, self._off = None, False
+        self.monitor, self._off, self._resume = None, False, None  # a resumed fit loads its state after setup
+        refuse_sharded(trainer)
         folder = trainer.log_dir  # a collective in distributed runs: reached by all ranks
         if not trainer.is_global_zero:
             return
@@ -185,8 +188,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         if not isinstance(self._probe, str):
             self._probe = probe_from(self._probe, self._num_probe, self._unpack)
             warn_of_few_samples(self._num_probe, self._probe)
-            first = self._probe.take(slice(0, 1))
-            check_pair(self._resolved, self._outputs(pl_module, first), first.targets)
+            check_pair(self._resolved, self._outputs(pl_module, self._probe), self._probe.targets)
 
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
         """Measure, if due, before the step."""
@@ -247,7 +249,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         """The monitor; wrong use raises, anything else that goes wrong switches measuring off with one warning."""
         try:
             return self._make_monitor(trainer, pl_module, batch)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, DisturbedTraining):
             raise
         except Exception as error:
             if self._on_error == "raise":
@@ -264,7 +266,8 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         assert self._resolved is not None
         device = _device(pl_module)
         if self._resume is not None:
-            probe = Probe(self._resume["probe"]["inputs"], self._resume["probe"]["targets"])
+            template = Probe(*self._unpack(batch)) if isinstance(self._probe, str) else self._probe
+            probe = restored(template, self._resume["probe"])
         elif isinstance(self._probe, str):
             probe = self._auto_probe(trainer, pl_module, batch)
         else:
@@ -297,7 +300,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
     def _auto_probe(self, trainer: Any, pl_module: nn.Module, batch: Any) -> Probe:
         """Clones of the first batch's samples, or of the data set's where the batch has too few."""
         first = Probe(*self._unpack(batch)).check()
-        width = self._outputs(pl_module, first.take(slice(0, 1)))[0].numel()
+        width = max(1, self._outputs(pl_module, first).numel() // first.num_samples)
         size = PROBE_SIZE.get(_device(pl_module).type, PROBE_SIZE["cpu"])
         wanted = self._num_probe or max(8, size // width)
         probe = first if first.num_samples >= wanted else self._from_data_set(trainer, pl_module, first, wanted)
@@ -358,6 +361,16 @@ def _sample_indices(loader: Any) -> Sequence[Any]:
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
         return ()
     return getattr(loader.sampler, "indices", range(len(dataset)))
+
+
+def refuse_sharded(trainer: Any) -> None:
+    """Strategies whose forward is a collective cannot be measured on rank zero alone; refused on every rank alike."""
+    name = type(trainer.strategy).__name__
+    if name in SHARDED:
+        raise ValueError(
+            f"strategy {name} shards the parameters, which ShellDynamicsCallback cannot measure yet; train with DDP or "
+            "on one device, or measure saved checkpoints with ShellMonitor"
+        )
 
 
 def auto_loss(module: nn.Module) -> Any:

@@ -37,8 +37,10 @@ def append_json_line(path: str | os.PathLike[str], step: int, **parts: Any) -> N
 def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Read lines of `append_json_line`, also while it is being written or after the writer was killed.
 
-    A half-written last line is left out. A run that was resumed from an earlier checkpoint has some steps twice; the
-    later line is the valid one. Every string "nan", "inf" or "-inf" comes back as the float.
+    A half-written last line is left out. A step has several lines: the measurement, then what the optimizer step after
+    it has added (and the summary at the end); merge their scalars, later values win, and the last `record` is complete.
+    The same holds for steps that a resumed run has made again. Every string "nan", "inf" or "-inf" comes back as the
+    float.
 
     Args:
         path: The file.

@@ -23,6 +23,8 @@ from torch import Tensor
 
 #: widening of every bound, relative to the total mass, that covers rounding
 BOUND_GUARD = 1e-9
+#: nodes closer than this (relative) are one
+COINCIDENT = 4e-12
 #: numbers in one block of the bounds' root finding (1 MB, so that it stays in the cache)
 _BLOCK = 2**17
 
@@ -165,7 +167,8 @@ def cumulative_bounds(
             node that lies on x may be on either side of it.
 
     Returns:
-        lower, upper: shape (e,), non-decreasing in x, widened by `BOUND_GUARD`.
+        lower, upper: shape (e,), non-decreasing in x, widened by `BOUND_GUARD` or by ten
+            times the rounding of the products.
 
     Cost: one singular value decomposition of size k, 250 e k^2 multiplications.
     """
@@ -179,8 +182,9 @@ def cumulative_bounds(
     blocks = ends.flatten().split(max(1, _BLOCK // nodes.numel() ** 2))
     rules = [_radau(nodes, rotation[0], coupling * rotation[-1], block) for block in blocks]
     below, at = (torch.cat(part).view(2, -1) for part in zip(*rules))
-    lower = torch.cummax(below[0] - BOUND_GUARD, 0).values.clamp(0.0, 1.0)
-    upper = torch.flip(torch.cummin(torch.flip(below[1] + at[1] + BOUND_GUARD, [0]), 0).values, [0]).clamp(0.0, 1.0)
+    guard = max(BOUND_GUARD, 10 * rounding)
+    lower = torch.cummax(below[0] - guard, 0).values.clamp(0.0, 1.0)
+    upper = torch.flip(torch.cummin(torch.flip(below[1] + at[1] + guard, [0]), 0).values, [0]).clamp(0.0, 1.0)
     return lower, upper
 
 
@@ -192,6 +196,7 @@ def _radau(nodes: Tensor, first: Tensor, z: Tensor, points: Tensor) -> tuple[Ten
     one before each theta_i < x. Each is bisected in the logarithm of its distance to the nearer theta: near a Gauss
     node the corner is huge, and an eigenvalue solver would lose every small node.
     """
+    nodes, first, z, alone = _merged(nodes, first, z)
     least = 1e-40 * z.abs().max()
     z = torch.where(z.abs() < least, least, z)  # converged: its node stays at theta, but must not fall out of the sum
     tiny = 1e-16 * points.abs().clamp_min(1e-30 * float(nodes[-1]))[:, None]
@@ -214,7 +219,35 @@ def _radau(nodes: Tensor, first: Tensor, z: Tensor, points: Tensor) -> tuple[Ten
         beyond = side * h > 0
         low, high = torch.where(beyond, trial, low), torch.where(beyond, high, trial)
     weights = _weight(first, z, _apart(from_origin - (side * high.exp())[:, :, None]))
-    return (weights * (gap < 0)).sum(1), _weight(first, z, gap)
+    below = (weights * (gap < 0)).sum(1) + (alone * (gap < 0)).sum(1)
+    return below, _weight(first, z, gap) + (alone * (gap.abs() <= COINCIDENT * nodes)).sum(1)
+
+
+def _merged(nodes: Tensor, first: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Coincident nodes as one: only one direction in the plane of their Ritz vectors couples on.
+
+    Rounding brings copies of a converged degenerate eigenvalue into the recurrence. Between two equal nodes the arrow
+    has an eigenvector without coupling, whose weight no root would carry.
+
+    Returns:
+        nodes, first components and couplings, one per distinct node, and the weight that stands alone at each.
+    """
+    groups: list[list[int]] = []
+    for i, node in enumerate(nodes.tolist()):
+        if groups and node - float(nodes[groups[-1][0]]) <= COINCIDENT * node:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    if len(groups) == nodes.numel():
+        return nodes, first, z, torch.zeros_like(nodes)
+    label = torch.tensor([g for g, group in enumerate(groups) for _ in group])
+
+    def summed(values: Tensor) -> Tensor:
+        return torch.zeros(len(groups), dtype=nodes.dtype).index_add_(0, label, values)
+
+    coupled, weight, inner = summed(z**2).sqrt(), summed(first**2), summed(z * first)
+    along = torch.where(coupled > 0, inner / coupled.clamp_min(1e-300), weight.sqrt())
+    return nodes[[group[0] for group in groups]], along, coupled, (weight - along**2).clamp_min(0.0)
 
 
 def _apart(distance: Tensor) -> Tensor:

@@ -43,12 +43,12 @@ def method_by_size(op: NTKOperator) -> str:
 
 
 def choose_by_cost(op: NTKOperator, num_products: int, memory_limit: int | None = None) -> MethodChoice:
-    """Exact if it fits and costs at most `PREFERENCE` times the products.
+    """Exact if m is small enough and it costs at most `PREFERENCE` times the products.
 
     Args:
         op: the operator on the probe.
         num_products: kernel products that the matrix-free way would spend.
-        memory_limit: bytes of temporaries; the exact kernel may take four m x m matrices beside them.
+        memory_limit: bytes of temporaries that the exact kernel would be given.
 
     Cost: four backward passes and one small matrix product, timed once.
     """
@@ -72,13 +72,18 @@ def choose_by_cost(op: NTKOperator, num_products: int, memory_limit: int | None 
 
 
 def _single_backward_seconds(op: NTKOperator) -> float:
-    """One backward pass over a single sample: what a generic row costs."""
+    """One backward pass over a single sample, what a generic row costs: a share of one over half the samples."""
+    half = slice(0, max(1, op.num_samples // 2))  # a part that any model accepts which takes batches
     one = NTKOperator(
-        op.function.model, take(op.inputs, slice(0, 1), op.num_samples), outputs=op.function.extract, dtype=op.dtype
+        op.function.model,
+        take(op.inputs, half, op.num_samples),
+        params=lambda name, p: name in op.function.parameters,
+        outputs=op.function.extract,
+        dtype=op.dtype,
     )
     v = torch.ones(one.shape[0], dtype=op.dtype, device=op.device)
     one.vjp(v)
-    return _seconds(one, lambda: one.vjp(v))
+    return _seconds(one, lambda: one.vjp(v)) / one.num_samples
 
 
 def _multiplications_per_second(op: NTKOperator, size: int = 384) -> float:

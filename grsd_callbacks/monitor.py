@@ -16,13 +16,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from grsd_callbacks.exponents import PowerLawFit
+from grsd_callbacks.guard import DisturbedTraining
 from grsd_callbacks.kernel import NTKOperator
 from grsd_callbacks.losses import Loss, calibrate, check_pair, resolve_loss
 from grsd_callbacks.measure import Settings, measure_with_operator
 from grsd_callbacks.method import choose_by_cost
 from grsd_callbacks.optimizer import NO_STEP_SIZE, StepSize, step_size
 from grsd_callbacks.outlet import Outlet, warn
-from grsd_callbacks.probe import Probe, probe_from
+from grsd_callbacks.probe import Probe, plain_leaves, probe_from, restored
 from grsd_callbacks.report import start_report, summary_table
 from grsd_callbacks.run import Pending, Run
 from grsd_callbacks.schedule import FixedSchedule, LogSchedule
@@ -371,12 +372,13 @@ class ShellMonitor:
 
     def _failed(self, step: int, error: Exception) -> None:
         self.num_failed += 1
+        unchanged = "" if isinstance(error, DisturbedTraining) else " Training goes on unchanged;"
         kind = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         self.new_segment("the measurement before this one failed")
         self.outlet.warn_once(
             type(error).__name__,
-            f"grsd: the measurement at step {step} failed ({kind}). Training goes on unchanged; the next measurement "
-            "is tried as scheduled. Use on_error='raise' to see the traceback.",
+            f"grsd: the measurement at step {step} failed ({kind}).{unchanged} the next measurement is tried as "
+            "scheduled. Use on_error='raise' to see the traceback.",
         )
         self.outlet.failed(step, self.num_failed)
 
@@ -406,7 +408,7 @@ class ShellMonitor:
         """Everything a resumed run needs, as tensors and plain types (loads with weights_only=True)."""
         running = time.perf_counter() - self._started if self._started is not None else 0.0
         return {
-            "probe": {"inputs": self.probe.inputs, "targets": self.probe.targets},
+            "probe": {"inputs": plain_leaves(self.probe.inputs), "targets": plain_leaves(self.probe.targets)},
             "run": self.run.state_dict(),
             "schedule": self.schedule.state_dict(),
             "method": self.settings.method,
@@ -419,7 +421,7 @@ class ShellMonitor:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue a run: same probe, shells, frozen basis and history; the first flux after it is NaN."""
         device = next(self.model.parameters()).device
-        self.probe = Probe(state["probe"]["inputs"], state["probe"]["targets"]).to(device)
+        self.probe = restored(self.probe, state["probe"]).to(device)
         self.run = Run.from_state(state["run"], device)
         self.schedule.load_state_dict(state["schedule"])
         self.settings = replace(self.settings, method=state["method"])

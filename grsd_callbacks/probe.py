@@ -186,3 +186,28 @@ def _moved(leaf: Any, device: torch.device | str) -> Any:
 
 def _copied(leaf: Any) -> Any:
     return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+
+
+def plain_leaves(tree: Any) -> list[Any]:
+    """The leaves of a pytree as a checkpoint may hold them (weights_only loading): others are left out as None."""
+    plain = (Tensor, bool, int, float, str)
+    return [leaf if isinstance(leaf, plain) else None for leaf in tree_flatten(tree)[0]]
+
+
+def restored(template: Probe, leaves: dict[str, list[Any]]) -> Probe:
+    """The probe of a checkpoint: its `plain_leaves` in the structure of the present run's batches.
+
+    Raises:
+        ValueError: the structure has another number of leaves.
+    """
+    trees = []
+    for name in ("inputs", "targets"):
+        present, spec = tree_flatten(getattr(template, name))
+        if len(present) != len(leaves[name]):
+            raise ValueError(
+                f"probe: the checkpoint's {name} have {len(leaves[name])} parts, this run's {len(present)}; "
+                "resume with the data and arguments of the run that was saved"
+            )
+        parts = [old if old is not None else new for old, new in zip(leaves[name], present, strict=True)]
+        trees.append(tree_unflatten(parts, spec))
+    return Probe(*trees)

@@ -226,6 +226,8 @@ def _double_backward(op: NTKOperator, velocity: Tensor, V: Tensor) -> Tensor:
     tangents = op.unflatten(velocity.to(op.device, op.dtype))
     pulled, moved = [], []
     f = op.function.outputs(op.inputs)
+    if V.shape[1] == 0:
+        return torch.zeros(0, 0, dtype=torch.float64, device=op.device)
     for v in V.to(f.dtype).unbind(1):
         a = torch.autograd.grad(f, leaves, v.view_as(f), create_graph=True, allow_unused=True)
         along = [(g * t).sum() for g, t in zip(a, tangents, strict=True) if g is not None and g.requires_grad]

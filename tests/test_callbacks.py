@@ -3,6 +3,7 @@
 import math
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import lightning_cases as cases
@@ -488,3 +489,35 @@ def test_a_new_run_does_not_append_to_another_runs_lines(tmp_path):
     assert unused_path(tmp_path / "grsd.jsonl") == tmp_path / "grsd.jsonl"
     (tmp_path / "grsd.jsonl").touch()
     assert unused_path(tmp_path / "grsd.jsonl") == tmp_path / "grsd_1.jsonl"
+
+
+class Squeezed(cases.Module):
+    """A net that only runs on batches: one sample alone would lose its dimension."""
+
+    def forward(self, x):
+        return self.net(x).squeeze()
+
+
+@pytest.mark.filterwarnings("ignore:the structured kernel is not complete for this model .the model does not run on 1")
+@pytest.mark.parametrize("method", ["auto", "exact", "krylov"])
+def test_a_net_that_does_not_run_on_one_sample_is_measured(tmp_path, method):
+    net = nn.Sequential(nn.Linear(64, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 1))
+    module = Squeezed(net.double(), nn.MSELoss(), partial(torch.optim.SGD, lr=0.1))
+    train(module, IMAGES[:, :3].sum(1), tmp_path, method=method)
+
+
+def test_testing_a_checkpoint_does_not_resume_the_next_fit(tmp_path):
+    cases.seed()
+    callback = ShellDynamicsCallback(every_n_steps=2, num_probe=4, loss="cross_entropy", json_lines=None)
+    callback.load_state_dict({"probe": {"inputs": [torch.zeros(4, 64)], "targets": [torch.zeros(4).long()]}})
+    cases.fit(cases.Module(cases.mlp(), nn.CrossEntropyLoss()), cases.classes(), tmp_path, [callback], max_epochs=1)
+    assert callback.history[0].step == 0 and bool(callback.monitor.probe.inputs.any())
+
+
+def test_sharding_strategies_are_refused_on_every_rank(tmp_path):
+    class FSDPStrategy:
+        pass
+
+    trainer = SimpleNamespace(strategy=FSDPStrategy(), is_global_zero=False)
+    with pytest.raises(ValueError, match="strategy FSDPStrategy shards the parameters"):
+        ShellDynamicsCallback().setup(trainer, nn.Linear(1, 1), "fit")

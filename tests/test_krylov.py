@@ -5,8 +5,12 @@ import math
 import pytest
 import torch
 from nets import orthogonal, randn
+from torch import nn
 
 from grsd_callbacks.krylov import cumulative_bounds, gauss_rule, golub_kahan
+from grsd_callbacks.losses import resolve_loss
+from grsd_callbacks.measure import Settings, measure
+from grsd_callbacks.probe import Probe
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -254,3 +258,21 @@ def test_bounds_shrink_and_close_at_full_budget():
 def test_refusals():
     with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
         diagonal(torch.ones(2).double(), torch.ones(2).double(), 0)
+
+
+@pytest.mark.parametrize(("num_outputs", "num_samples"), [(10, 30), (3, 80), (2, 100)])
+def test_copies_of_degenerate_eigenvalues_leave_the_bounds_rigorous(num_outputs, num_samples):
+    """A linear net's kernel is K (x) 1: long recurrences meet converged eigenvalues again, as coincident nodes."""
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(num_samples, 50, generator=generator, dtype=torch.float64) * torch.logspace(0, -2, 50).double()
+        y = torch.randn(num_samples, num_outputs, generator=generator, dtype=torch.float64)
+        torch.manual_seed(seed)
+        net, loss = nn.Linear(50, num_outputs).double(), resolve_loss("mse")
+        exact = measure(net, Probe(x, y), loss, Settings(method="exact")).budget
+        found = measure(net, Probe(x, y), loss, Settings(method="krylov", num_density_matvecs=0), exact.grid).budget
+        for name in ("energy", "dissipation"):
+            truth, bounds = getattr(exact, name), getattr(found, f"{name}_bounds")
+            slack = 1e-12 * truth.sum()
+            assert bool(((bounds[0] - slack <= truth) & (truth <= bounds[1] + slack)).all()), (seed, name)
+        assert float(found.energy[-1]) < 1e-8 * float(exact.energy.sum())  # nothing strays into the overflow shell

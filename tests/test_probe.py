@@ -1,11 +1,22 @@
 """Probes: made once from pairs and loaders, and refused when they cannot be probes."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from nets import randint, randn
 from torch.utils.data import DataLoader, TensorDataset
 
-from grsd_callbacks.probe import Probe, concatenate, num_samples, probe_from, take, unpack_batch
+from grsd_callbacks.probe import (
+    Probe,
+    concatenate,
+    num_samples,
+    plain_leaves,
+    probe_from,
+    restored,
+    take,
+    unpack_batch,
+)
 
 X, Y = randn(6, 3), randint(4, 6)
 
@@ -85,3 +96,19 @@ def test_sources_that_are_no_probe(source, error, message):
 
 def test_num_samples_skips_scalars():
     assert num_samples((torch.tensor(2.0), X)) == 6
+
+
+class Pair(NamedTuple):
+    a: torch.Tensor
+    b: object
+
+
+def test_a_checkpoint_holds_plain_leaves_and_the_run_gives_the_structure(tmp_path):
+    probe = Probe(Pair(torch.ones(3, 2), object()), torch.zeros(3))
+    leaves = {"inputs": plain_leaves(probe.inputs), "targets": plain_leaves(probe.targets)}
+    torch.save(leaves, tmp_path / "probe.pt")
+    loaded = torch.load(tmp_path / "probe.pt", weights_only=True)
+    again = restored(Probe(Pair(torch.zeros(5, 2), "here"), torch.ones(5)), loaded)
+    assert isinstance(again.inputs, Pair) and torch.equal(again.inputs.a, torch.ones(3, 2)) and again.inputs.b == "here"
+    with pytest.raises(ValueError, match="inputs have 2 parts, this run's 1"):
+        restored(Probe(torch.zeros(5, 2), torch.ones(5)), loaded)

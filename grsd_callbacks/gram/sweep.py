@@ -63,7 +63,7 @@ class Sweeper:
     def _by_copies(self, calls: list[Call]) -> dict[Call, Tensor]:
         """All columns in one backward pass: every sample C times, each copy for one output."""
         index = torch.arange(self.n, device=self.device).repeat_interleave(self.width)
-        copies = record(self.function, take(self.inputs, index, self.n), len(index))
+        copies = self._record(index, len(index))
         targets = torch.eye(self.width, dtype=copies.outputs.dtype, device=self.device).repeat(self.n, 1)
         g = _pull(copies, calls, self._match(copies), [], targets, retain=False)
         split = {call: call.split(x.unsqueeze(0), len(index)) for call, x in zip(calls, g)}
@@ -78,11 +78,20 @@ class Sweeper:
             if whole is not None and chunk >= self.n:
                 graph = whole
             else:
-                graph = record(self.function, take(self.inputs, samples, self.n), samples.stop - i)
+                graph = self._record(samples, samples.stop - i)
             match = self._match(graph)
             for c in range(0, self.width, columns):
                 span = slice(c, min(c + columns, self.width))
                 yield samples, span, *self._gradients(graph, match, calls, leaves, span)
+
+    def _record(self, index: Any, count: int) -> Record:
+        """The forward of a part of the batch; `Irregular` for a model that does not run on parts."""
+        try:
+            return record(self.function, take(self.inputs, index, self.n), count)
+        except (ValueError, RuntimeError) as error:
+            if isinstance(error, (torch.OutOfMemoryError, Irregular)) or "out of memory" in str(error):
+                raise
+            raise Irregular(f"the model does not run on {count} samples: {error}") from error
 
     def keeps_whole(self, terms: list[Term]) -> bool:
         """Whether a sweep over these terms runs on the graph of the whole batch."""
