@@ -53,21 +53,15 @@ def step_size(optimizers: Optimizer | Iterable[Optimizer]) -> StepSize:
     for optimizer in several:
         if not hasattr(optimizer, "param_groups"):
             raise TypeError(f"optimizer must be a torch optimizer with param_groups, got {type(optimizer).__name__}")
-    groups = [
-        (sum(p.numel() for p in group["params"]), *_group_flow(optimizer, group))
-        for optimizer in several
-        for group in optimizer.param_groups
-    ]
-    weight = sum(size for size, *_ in groups)
-    if not weight:
+    flows = [_group_flow(optimizer, group) for optimizer in several for group in optimizer.param_groups]
+    if not flows or any(math.isnan(lr) for lr, _ in flows):
         return NO_STEP_SIZE
-    if any(math.isnan(rate) for _, rate, _ in groups):
-        return NO_STEP_SIZE
-    lr = sum(size * rate for size, rate, _ in groups) / weight
-    flow = sum(size * flow for size, _, flow in groups) / weight
-    reasons = _reasons(several, groups)
-    if len({(rate, f) for _, rate, f in groups}) == 1:
-        lr, flow = groups[0][1:]
+    reasons = _reasons(several, flows)
+    if len(set(flows)) == 1:  # nothing to average: this runs at every step of a training
+        return StepSize(*flows[0], bool(reasons), "; ".join(reasons))
+    sizes = [sum(p.numel() for p in group["params"]) for optimizer in several for group in optimizer.param_groups]
+    total = max(sum(sizes), 1)
+    lr, flow = (sum(n * pair[k] for n, pair in zip(sizes, flows, strict=True)) / total for k in (0, 1))
     return StepSize(lr, flow, bool(reasons), "; ".join(reasons))
 
 
@@ -86,12 +80,12 @@ def _is_sgd(optimizer: Optimizer) -> bool:
     return isinstance(getattr(optimizer, "optimizer", optimizer), SGD)
 
 
-def _reasons(optimizers: list[Optimizer], groups: list[tuple[int, float, float]]) -> list[str]:
+def _reasons(optimizers: list[Optimizer], flows: list[tuple[float, float]]) -> list[str]:
     reasons = []
     adaptive = sorted({type(o).__name__ for o in optimizers if not _is_sgd(o)})
     if adaptive:
         reasons.append(f"{', '.join(adaptive)} does not step along the gradient")
-    if len({(rate, flow) for _, rate, flow in groups}) > 1:
+    if len(set(flows)) > 1:
         reasons.append("several learning rates")
     if len(optimizers) > 1:
         reasons.append("several optimizers")
