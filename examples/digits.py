@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import grsd_callbacks as grsd
 
 NUM_CLASSES = 10
-STEPS = {"squared": 15_000, "cross_entropy": 6_000}
+STEPS = {"squared": 15_000, "cross_entropy": 12_000}
 
 
 class Net(L.LightningModule):
