@@ -372,12 +372,12 @@ class ShellMonitor:
 
     def _failed(self, step: int, error: Exception) -> None:
         self.num_failed += 1
-        unchanged = "" if isinstance(error, DisturbedTraining) else " Training goes on unchanged;"
+        unchanged = "" if isinstance(error, DisturbedTraining) else " Training goes on unchanged."
         kind = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         self.new_segment("the measurement before this one failed")
         self.outlet.warn_once(
             type(error).__name__,
-            f"grsd: the measurement at step {step} failed ({kind}).{unchanged} the next measurement is tried as "
+            f"grsd: the measurement at step {step} failed ({kind}).{unchanged} The next measurement is tried as "
             "scheduled. Use on_error='raise' to see the traceback.",
         )
         self.outlet.failed(step, self.num_failed)
