@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import functional_call
 
 from grsd_callbacks import guard
-from grsd_callbacks.guard import DisturbedTraining, undisturbed
+from grsd_callbacks.guard import DisturbedTraining, numerics, undisturbed
 
 NUM_FEATURES, NUM_SAMPLES, NUM_STEPS = 4, 6, 3
 OLD_WEIGHT_NORM = r"ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning"
@@ -676,7 +676,7 @@ def test_default_dtype_comes_back():
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("guarded", [guard.full_float32, guard._full_float32_before_29])
+@pytest.mark.parametrize("guarded", [guard.full_float32, numerics._full_float32_before_29])
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
 def test_float32_precision_comes_back(guarded, precision):
     original = torch.get_float32_matmul_precision()
