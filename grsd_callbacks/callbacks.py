@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.utils.data import IterableDataset
 
+from grsd_callbacks.distributed import Group
 from grsd_callbacks.functional import ModelFunction, select_parameters
 from grsd_callbacks.guard import DisturbedTraining, preserve_object_rng, undisturbed
 from grsd_callbacks.losses import Loss, check_pair, resolve_loss
 from grsd_callbacks.measure import Settings
-from grsd_callbacks.monitor import ShellMonitor, check_num_probe, make_schedule, warn_of_few_samples
+from grsd_callbacks.monitor import ShellMonitor, check_num_probe, make_schedule
 from grsd_callbacks.optimizer import step_size
 from grsd_callbacks.outlet import warn
-from grsd_callbacks.probe import Probe, probe_from, restored, unpack_batch
+from grsd_callbacks.probe import Probe, concatenate, probe_from, restored, unpack_batch
 from grsd_callbacks.sinks import JSONLinesSink, LoggerSink, Sink
 from grsd_callbacks.snapshot import Snapshot
 
@@ -150,6 +151,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         self._resume: dict[str, Any] | None = None
         self._global_step = 0
         self._off = False
+        self._group = Group()
         self.monitor: ShellMonitor | None = None
 
     @property
@@ -175,24 +177,28 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         self.monitor, self._off, self._resume = None, False, None  # a resumed fit loads its state after setup
         refuse_sharded(trainer)
         folder = trainer.log_dir  # a collective in distributed runs: reached by all ranks
-        if not trainer.is_global_zero:
+        self._group = Group.current()
+        if self._waits(trainer):
             return
+        self._group.together(lambda: self._check(trainer, pl_module, folder))
+
+    def _check(self, trainer: Any, pl_module: nn.Module, folder: str | None) -> None:
         self._resolved = resolve_loss(auto_loss(pl_module) if self._loss == "auto" else self._loss, self._nu)
-        self._sinks = [LoggerSink(logger) for logger in trainer.loggers]
-        self._sinks += json_lines_sink(self._json_lines, folder, trainer, self.name)
-        if not self._sinks and not getattr(trainer, "fast_dev_run", False):
-            warn("grsd: the Trainer has no logger; measurements are kept in callback.history only.")
+        if self._group.leads:
+            self._sinks = [LoggerSink(logger) for logger in trainer.loggers]
+            self._sinks += json_lines_sink(self._json_lines, folder, trainer, self.name)
+            if not self._sinks and not getattr(trainer, "fast_dev_run", False):
+                warn("grsd: the Trainer has no logger; measurements are kept in callback.history only.")
         if any(isinstance(p, UninitializedParameter) for p in pl_module.parameters()):
             return
         select_parameters(pl_module, self._settings["params"])
         if not isinstance(self._probe, str):
             self._probe = probe_from(self._probe, self._num_probe, self._unpack)
-            warn_of_few_samples(self._num_probe, self._probe)
             check_pair(self._resolved, self._outputs(pl_module, self._probe), self._probe.targets)
 
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
         """Measure, if due, before the step."""
-        if not trainer.is_global_zero:
+        if self._waits(trainer):
             return
         if self.monitor is None and not self._off:
             self.monitor = self._start(trainer, pl_module, batch)
@@ -204,7 +210,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: nn.Module, optimizer: Any) -> None:
         """Advance flow time by the learning rate in force."""
-        if self.monitor is None or not trainer.is_global_zero or not _has_gradient(optimizer):
+        if self.monitor is None or not _has_gradient(optimizer):
             return
         several = _raw(trainer.optimizers)
         if len(several) <= 1:
@@ -216,12 +222,12 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
 
     def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Complete the latest measurement by the step that followed it."""
-        if self.monitor is not None and trainer.is_global_zero and trainer.global_step > self._global_step:
+        if self.monitor is not None and trainer.global_step > self._global_step:
             self.monitor.finish_update(step_axis(trainer) + 1)
 
     def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
         """Last measurement, summary, flush."""
-        if self.monitor is not None and trainer.is_global_zero:
+        if self.monitor is not None:
             self.monitor.finish(step_axis(trainer))
 
     def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
@@ -255,6 +261,8 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
             if self._on_error == "raise":
                 raise
             self._off = True
+            if not self._group.leads:
+                return None
             warn(
                 f"grsd: measuring is off for this run, because the model cannot be run on the probe "
                 f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). Training goes on "
@@ -264,10 +272,8 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
 
     def _make_monitor(self, trainer: Any, pl_module: nn.Module, batch: Any) -> ShellMonitor:
         assert self._resolved is not None
-        device = _device(pl_module)
         if self._resume is not None:
-            template = Probe(*self._unpack(batch)) if isinstance(self._probe, str) else self._probe
-            probe = restored(template, self._resume["probe"])
+            probe = self._group.together(lambda: self._resumed_probe(batch))
         elif isinstance(self._probe, str):
             probe = self._auto_probe(trainer, pl_module, batch)
         else:
@@ -275,7 +281,8 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         monitor = ShellMonitor(
             pl_module,
             self._resolved,
-            probe.to(device),
+            probe.to(_device(pl_module)),
+            num_probe=self._num_probe,
             total_steps=_total_steps(trainer),
             pair=self._pair,
             work=self._work,
@@ -297,33 +304,58 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
                     sink.path = unused_path(sink.path)
         return monitor
 
+    def _resumed_probe(self, batch: Any) -> Probe:
+        assert self._resume is not None
+        template = Probe(*self._unpack(batch)) if isinstance(self._probe, str) else self._probe
+        return restored(template, self._resume["probe"])
+
     def _auto_probe(self, trainer: Any, pl_module: nn.Module, batch: Any) -> Probe:
-        """Clones of the first batch's samples, or of the data set's where the batch has too few."""
+        """Clones of samples of every rank's first batch, in rank order, or of the data set's where one has too few."""
+        group = self._group
+        first, wanted = group.together(lambda: self._first_batch(pl_module, batch))
+        wanted = group.integers([wanted])[0]
+        mine = group.share_of(wanted)
+        if not group.all(first.num_samples >= mine.stop - mine.start):
+            first = self._from_data_set(trainer, pl_module, first, wanted)
+        kept = group.together(lambda: probe_from(first, mine.stop - mine.start))
+        return concatenate(group.gather(kept)) if group.size > 1 else kept
+
+    def _first_batch(self, pl_module: nn.Module, batch: Any) -> tuple[Probe, int]:
+        """The batch as a probe, and how many samples all ranks together are to have."""
         first = Probe(*self._unpack(batch)).check()
         width = max(1, self._outputs(pl_module, first).numel() // first.num_samples)
         size = PROBE_SIZE.get(_device(pl_module).type, PROBE_SIZE["cpu"])
-        wanted = self._num_probe or max(8, size // width)
-        probe = first if first.num_samples >= wanted else self._from_data_set(trainer, pl_module, first, wanted)
-        warn_of_few_samples(self._num_probe, probe)
-        return probe_from(probe, wanted)
+        return first, self._num_probe or max(8, size // width)
 
     def _from_data_set(self, trainer: Any, pl_module: nn.Module, first: Probe, wanted: int) -> Probe:
-        """Samples spread evenly over the training data, each once, prepared as Lightning does; or else `first`."""
-        loader = trainer.train_dataloader
-        indices = _sample_indices(loader)
-        if len(indices) <= first.num_samples:
+        """This rank's part of samples spread evenly over the training data, each once, prepared as Lightning does.
+
+        Or else `first`, on all ranks.
+        """
+        indices = _sample_indices(trainer.train_dataloader)
+        if not self._group.all(len(indices) > first.num_samples * self._group.size):
             return first
         num = min(wanted, len(indices))
+        mine = range(num)[self._group.share_of(num)]
         try:
-            with undisturbed(pl_module, mode="keep"), preserve_object_rng(loader.dataset):
-                samples = [loader.dataset[indices[i * len(indices) // num]] for i in range(num)]
-                return Probe(*self._unpack(_prepared(trainer, pl_module, loader.collate_fn(samples)))).check()
-        except Exception as error:
-            warn(
-                f"grsd: the probe is the first batch alone ({first.num_samples} samples), because the data set cannot "
-                f"be read by index ({type(error).__name__}: {error}). Give probe=(inputs, targets) for more."
+            return self._group.together(
+                lambda: self._read(trainer, pl_module, first, [indices[i * len(indices) // num] for i in mine])
             )
+        except Exception as error:
+            if self._group.leads:
+                warn(
+                    f"grsd: the probe is the first batch alone ({first.num_samples} samples), because the data set "
+                    f"cannot be read by index ({type(error).__name__}: {error}). Give probe=(inputs, targets) for more."
+                )
             return first
+
+    def _read(self, trainer: Any, pl_module: nn.Module, first: Probe, indices: list[Any]) -> Probe:
+        loader = trainer.train_dataloader
+        if not indices:
+            return first.take(slice(0, 0))
+        with undisturbed(pl_module, mode="keep"), preserve_object_rng(loader.dataset):
+            samples = [loader.dataset[index] for index in indices]
+            return Probe(*self._unpack(_prepared(trainer, pl_module, loader.collate_fn(samples)))).check()
 
     def _outputs(self, pl_module: nn.Module, probe: Probe) -> Tensor:
         function = ModelFunction(
@@ -331,6 +363,10 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         )
         with torch.no_grad():
             return function.run(lambda: function.outputs(probe.inputs))
+
+    def _waits(self, trainer: Any) -> bool:
+        """Whether this process only waits: one of several that torch.distributed does not connect."""
+        return self._group.size == 1 and not trainer.is_global_zero
 
     def _close(self) -> None:
         if self.monitor is not None:

@@ -91,6 +91,11 @@ class ModelFunction:
         """Device of the first selected parameter."""
         return next(iter(self.parameters.values())).device
 
+    @property
+    def copies(self) -> list[Tensor]:
+        """All private copies: parameters, frozen ones and buffers, in the module's order."""
+        return [*self.parameters.values(), *self._constants.values()]
+
     def moved(self, velocity: dict[str, Tensor], h: float, dtype: torch.dtype | None = None) -> ModelFunction:
         """The same function at theta + h velocity, on copies of its own (in another dtype if given)."""
         other = copy.copy(self)

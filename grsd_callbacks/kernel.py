@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from grsd_callbacks.functional import ModelFunction, ParameterFilter
-from grsd_callbacks.gram import exact_gram
+from grsd_callbacks.gram import Gram, exact_gram
 from grsd_callbacks.losses import wide_dtype
 from grsd_callbacks.probe import num_samples, take
 
@@ -178,8 +178,12 @@ class NTKOperator:
 
     def gram(self, *, memory_limit: int | None = None) -> Tensor:
         """The exact J J^T, shape (m, m), float64, symmetric (see `exact_gram` for cost and accuracy)."""
+        return self.exact_gram(memory_limit=memory_limit).matrix
+
+    def exact_gram(self, *, memory_limit: int | None = None) -> Gram:
+        """As `gram`, with the paths and checks behind it."""
         limits: dict[str, Any] = {} if memory_limit is None else {"memory_limit": memory_limit}
-        return exact_gram(self.function, self.inputs, **limits).matrix
+        return exact_gram(self.function, self.inputs, **limits)
 
     def release(self) -> None:
         """Drop the retained graph; the next product builds it again, at the same parameters."""

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from grsd_callbacks.density import spectral_density
 from grsd_callbacks.flux import KernelState
 from grsd_callbacks.functional import ParameterFilter
-from grsd_callbacks.gram import exact_gram
 from grsd_callbacks.kernel import NTKOperator, synchronise
 from grsd_callbacks.losses import Loss, Residual, check_pair, wide_dtype
 from grsd_callbacks.method import method_by_size
@@ -143,13 +142,16 @@ def measure_with_operator(
     *,
     forward: str = "auto",
     start: Tensor | None = None,
+    op: NTKOperator | None = None,
 ) -> tuple[Instant, NTKOperator]:
     """As `measure`, and the operator at the measured parameters.
 
-    `forward` is the operator's known path for J w; `start` are vectors (m, j) that warm-start the randomized method.
+    `forward` is the operator's known path for J w; `start` are vectors (m, j) that warm-start the randomized method;
+    `op` is the operator on the probe, where it has been made already.
     """
     began = time.perf_counter()
-    op = NTKOperator(model, probe.inputs, params=settings.params, outputs=settings.outputs, dtype=settings.dtype)
+    if op is None:
+        op = NTKOperator(model, probe.inputs, params=settings.params, outputs=settings.outputs, dtype=settings.dtype)
     if forward != "auto":
         op.adopt(forward)
     instant = op.run(lambda: _measured(op, probe, loss, settings, grid, start))
@@ -208,8 +210,7 @@ def default_grid(largest: float, smallest: float, floor: float, per_decade: int)
 
 
 def _exact(op: NTKOperator, r: Residual, settings: Settings, grid: ShellGrid | None) -> dict[str, Any]:
-    limits: dict[str, Any] = {} if settings.memory_limit is None else {"memory_limit": settings.memory_limit}
-    gram = exact_gram(op.function, op.inputs, **limits)
+    gram = op.exact_gram(memory_limit=settings.memory_limit)
     spectrum = _with_floor(eigendecomposition(gram.matrix, r.nu), op.dtype)
     values = spectrum.eigenvalues
     largest = float(values[-1])

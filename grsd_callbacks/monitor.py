@@ -12,14 +12,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from grsd_callbacks.distributed import Group, failed_rank
 from grsd_callbacks.exponents import PowerLawFit
 from grsd_callbacks.guard import DisturbedTraining
 from grsd_callbacks.kernel import NTKOperator
 from grsd_callbacks.losses import Loss, calibrate, check_pair, resolve_loss
-from grsd_callbacks.measure import Settings, measure_with_operator
+from grsd_callbacks.measure import Instant, Settings, measure_with_operator
 from grsd_callbacks.method import choose_by_cost
 from grsd_callbacks.optimizer import NO_STEP_SIZE, StepSize, step_size
 from grsd_callbacks.outlet import Outlet, warn
@@ -28,6 +29,7 @@ from grsd_callbacks.report import start_report, summary_table
 from grsd_callbacks.run import Pending, Run
 from grsd_callbacks.schedule import FixedSchedule, LogSchedule
 from grsd_callbacks.snapshot import Snapshot
+from grsd_callbacks.team import Team
 
 #: a fixed schedule that costs more than this share of training is warned about, once
 COSTLY = 0.2
@@ -55,6 +57,9 @@ class ShellMonitor:
         nu: scale of the kernel for general losses, see `resolve_loss`.
         unpack: how to read a loader's batch as (inputs, targets).
         prefix: what tags begin with, to tell several monitors apart.
+        distributed: where torch.distributed is initialised, divide each measurement over all ranks: every rank then
+            makes the monitor and calls `step` and `finish` alike, and rank zero's probe is measured, written and warned
+            of. False: this process measures by itself (on rank zero alone, say).
         **settings: see `Settings` (method, num_matvecs, shells_per_decade, params, outputs, dtype, ...).
 
     Attributes:
@@ -101,6 +106,7 @@ class ShellMonitor:
         nu: float | None = None,
         unpack: Callable[[Any], tuple[Any, Any]] | None = None,
         prefix: str = "grsd_",
+        distributed: bool = True,
         **settings: Any,
     ) -> None:
         if on_error not in ("warn", "raise"):
@@ -110,9 +116,9 @@ class ShellMonitor:
         self.settings = Settings(**settings)
         self.loss: Loss = resolve_loss(loss, nu)
         self.schedule = make_schedule(every_n_steps, max_overhead, total_steps, per_decade, pair)
-        self.probe: Probe = probe_from(probe, num_probe, *([unpack] if unpack else []))
-        warn_of_few_samples(num_probe, self.probe)
-        self.outlet = Outlet(writer, prefix, on_error)
+        self.team = Team(Group.current() if distributed else Group())
+        self.probe: Probe = self._whole_probe(probe, num_probe, unpack)
+        self.outlet = Outlet(writer if self.team.leads else None, prefix, on_error, quiet=not self.team.leads)
         self.on_error = on_error
         self.pair = pair
         self.work = work or transfer
@@ -135,8 +141,26 @@ class ShellMonitor:
 
     # -- set-up ------------------------------------------------------------------------------------------
 
+    def _whole_probe(self, probe: Any, num_probe: int | None, unpack: Any) -> Probe:
+        """Rank zero's probe, on every rank."""
+        found = self.team.group.share(lambda: probe_from(probe, num_probe, *([unpack] if unpack else [])))
+        if not self.team.leads:
+            return found.to(next(self.model.parameters()).device)
+        warn_of_few_samples(num_probe, found)
+        return found
+
+    def _operator(self) -> NTKOperator:
+        settings = self.settings
+        return self.team.operator(
+            self.model, self.probe.inputs, params=settings.params, outputs=settings.outputs, dtype=settings.dtype
+        )
+
     def _prepare(self) -> None:
-        """Run the model once on the probe: wrong use fails here, before the first step."""
+        """Run the model once on the probe: wrong use fails here, before the first step, on every rank."""
+        self.team.settle(self._operator)
+        self.settings = replace(self.settings, method=self.team.group.share(self._prepare_here))
+
+    def _prepare_here(self) -> str:
         op = NTKOperator(
             self.model,
             self.probe.inputs,
@@ -153,7 +177,9 @@ class ShellMonitor:
             products = self.settings.num_matvecs + self.settings.num_density_matvecs
             choice = choose_by_cost(op, products, self.settings.memory_limit)
             self.settings, reason = replace(self.settings, method=choice.method), choice.reason
-        self.report = start_report(op, self.loss, self.settings, self.schedule.describe(), reason)
+        ranks = self.team.describe()
+        self.report = start_report(op, self.loss, self.settings, self.schedule.describe(), reason, ranks)
+        return self.settings.method
 
     @property
     def history(self) -> list[Snapshot]:
@@ -243,10 +269,17 @@ class ShellMonitor:
             self.run.steps_since += step - self._last_step
             self.finish_update(step)
         self._last_step = step
-        self.schedule.observe(step, self.measuring_seconds, elapsed)
+        self._observe_schedule(step, elapsed)
         if not self._due(step):
             return None
         return self._charged(lambda: self._attempt(step, lambda: self._take(step)))
+
+    def _observe_schedule(self, step: int, elapsed: float) -> None:
+        """Times differ between ranks; all decide at the same step, and then rank zero's decision is taken."""
+        undecided = not self.schedule.decided
+        self.schedule.observe(step, self.measuring_seconds, elapsed)
+        if undecided and self.schedule.decided:
+            self.schedule.load_state_dict(self.team.group.share(self.schedule.state_dict))
 
     def finish_update(self, step: int) -> None:
         """Complete the latest measurement by the optimizer step that followed it, now that it is done."""
@@ -280,12 +313,16 @@ class ShellMonitor:
             if not self.history or self.history[-1].step < last:
                 snapshot = self._charged(lambda: self._attempt(last, lambda: self._take(last)))
         self._pending = None
-        if self.history:
-            fits = self._charged(self.final_exponents)
-            self._charged(lambda: self.outlet.summary(self.history, fits))
-            if self.figures:
-                self.outlet.figures(self.history, fits)
+        self.team.group.together(self._conclude if self.team.leads else _nothing)
         return snapshot
+
+    def _conclude(self) -> None:
+        if not self.history:
+            return
+        fits = self._charged(self.final_exponents)
+        self._charged(lambda: self.outlet.summary(self.history, fits))
+        if self.figures:
+            self.outlet.figures(self.history, fits)
 
     def close(self) -> None:
         """Flush everything and close what this monitor has opened."""
@@ -303,15 +340,21 @@ class ShellMonitor:
 
     def _take(self, step: int) -> Snapshot:
         self._check_identity()
-        instant, op = measure_with_operator(
-            self.model,
-            self.probe,
-            self.loss,
-            self.settings,
-            self.run.grid,
-            forward=self._forward,
-            start=self.run.last_vectors,
-        )
+        op, instant = self.team.session(self._operator, self._measured)
+        snapshot = self.team.group.share(lambda: self._recorded(step, op, instant))
+        if not self.team.leads:
+            self.run.history.append(snapshot)
+            if self.work:
+                self._pending = Pending.elsewhere(step, op)
+        return snapshot
+
+    def _measured(self, op: NTKOperator) -> Instant:
+        run, settings = self.run, self.settings
+        return measure_with_operator(
+            self.model, self.probe, self.loss, settings, run.grid, forward=self._forward, start=run.last_vectors, op=op
+        )[0]
+
+    def _recorded(self, step: int, op: NTKOperator, instant: Instant) -> Snapshot:
         instant.cost["overhead_percent"] = 100 * self.overhead
         instant.health["failed"] = float(self.num_failed)
         snapshot = self.run.add(step, instant, self.loss.energy_is_loss)
@@ -324,13 +367,28 @@ class ShellMonitor:
 
     def _add_update(self, pending: Pending) -> None:
         """Work (and transfer) of the optimizer step that followed a measurement."""
-        self._forward = pending.op.choose_forward(timed=False)
+        change = self.team.group.together(lambda: self._change(pending))
+        _, done = self.team.session(lambda: pending.op, lambda op: self._updated(pending, change))
+        done = self.team.group.share(lambda: self._written(done))
+        if done is not None and not self.team.leads:
+            self.run.history[-1] = done
+
+    def _change(self, pending: Pending) -> Tensor | None:
+        """The parameters' change since the measurement, shape (P,), on rank zero."""
+        if not self.team.leads:
+            return None
         parameters = dict(self.model.named_parameters())
         copies = pending.op.function.parameters.items()
-        change = pending.op.flatten([parameters[name].detach().to(copy) - copy.detach() for name, copy in copies])
-        done = self.run.add_update(pending, change, self.run.size, transfer=self.transfer)
+        return pending.op.flatten([parameters[name].detach().to(copy) - copy.detach() for name, copy in copies])
+
+    def _updated(self, pending: Pending, change: Any) -> Snapshot | None:
+        self._forward = pending.op.choose_forward(timed=False)
+        return self.run.add_update(pending, change, self.run.size, transfer=self.transfer)
+
+    def _written(self, done: Snapshot | None) -> Snapshot | None:
         if done is not None:
             self.outlet.update(done)
+        return done
 
     def final_exponents(self) -> dict[str, PowerLawFit]:
         """Exponents over the whole run, with the verdict between power law and its competitors (`Run`)."""
@@ -373,11 +431,13 @@ class ShellMonitor:
     def _failed(self, step: int, error: Exception) -> None:
         self.num_failed += 1
         unchanged = "" if isinstance(error, DisturbedTraining) else " Training goes on unchanged."
+        rank = failed_rank(error)
+        where = "" if rank is None else f" on rank {rank}"
         kind = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         self.new_segment("the measurement before this one failed")
         self.outlet.warn_once(
             type(error).__name__,
-            f"grsd: the measurement at step {step} failed ({kind}).{unchanged} The next measurement is tried as "
+            f"grsd: the measurement at step {step} failed{where} ({kind}).{unchanged} The next measurement is tried as "
             "scheduled. Use on_error='raise' to see the traceback.",
         )
         self.outlet.failed(step, self.num_failed)
@@ -431,6 +491,10 @@ class ShellMonitor:
         self._elapsed_before = float(state["elapsed_seconds"])
         self._started = None
         self._pending = None
+
+
+def _nothing() -> None:
+    """What other ranks do where rank zero writes."""
 
 
 def warn_of_few_samples(num_probe: int | None, probe: Probe) -> None:

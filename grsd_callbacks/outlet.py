@@ -36,12 +36,14 @@ class Outlet:
         writer: anything `as_sink` takes, a list of such, or None.
         prefix: what tags begin with.
         on_error: "warn" (what cannot be written is one warning; it stays in the history) or "raise".
+        quiet: no warnings, on ranks whose warnings another rank gives.
     """
 
-    def __init__(self, writer: Any, prefix: str, on_error: str) -> None:
+    def __init__(self, writer: Any, prefix: str, on_error: str, quiet: bool = False) -> None:
         self.sinks = SinkGroup([] if writer is None else writer if isinstance(writer, (list, tuple)) else [writer])
         self.prefix, self.on_error = prefix, on_error
         self._warned: set[str] = set()
+        self.quiet = quiet
 
     def snapshot(self, snapshot: Snapshot, num_failed: int, report: str | None) -> None:
         """Write a measurement; with the report (given at the first one) also the meaning of tags and the layout."""
@@ -89,7 +91,7 @@ class Outlet:
 
     def warn_once(self, key: str, message: str) -> None:
         """One warning a key."""
-        if key not in self._warned:
+        if key not in self._warned and not self.quiet:
             self._warned.add(key)
             warn(message)
 

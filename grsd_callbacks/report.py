@@ -19,8 +19,10 @@ EXPONENT_NAMES = {
 }
 
 
-def start_report(op: NTKOperator, loss: Loss, settings: Settings, schedule: str, reason: str = "") -> str:
-    """What is measured on what, by which way (and why that one), and when."""
+def start_report(
+    op: NTKOperator, loss: Loss, settings: Settings, schedule: str, reason: str = "", ranks: str = ""
+) -> str:
+    """What is measured on what, by which way (and why that one), when, and by whom where there are several ranks."""
     method = choose_method(settings.method, op)
     how = {
         "exact": "exact kernel and eigendecomposition",
@@ -37,6 +39,7 @@ def start_report(op: NTKOperator, loss: Loss, settings: Settings, schedule: str,
             f"  loss        {loss.kind.replace('_', ' ')}: {loss.energy_meaning}",
             f"  method      {method}: {how}" + (f" ({reason})" if reason else ""),
             f"  schedule    {schedule}",
+            *([f"  ranks       {ranks}"] if ranks else []),
             "  model       measured in eval mode on copies; training is left bit-identical",
         ]
     )

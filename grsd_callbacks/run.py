@@ -34,6 +34,12 @@ class Pending:
     nu: float
     size: StepSize
 
+    @classmethod
+    def elsewhere(cls, step: int, op: NTKOperator) -> Pending:
+        """A measurement that another rank keeps; this one only has its part of the operator."""
+        nothing = torch.zeros(0)
+        return cls(step, op, KernelState(nothing, nothing.reshape(0, 0), nothing), math.nan, NO_STEP_SIZE)
+
 
 @dataclass(eq=False)
 class Run:

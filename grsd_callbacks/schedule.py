@@ -38,6 +38,11 @@ class FixedSchedule:
     def observe(self, step: int, measuring_seconds: float, elapsed_seconds: float) -> None:
         """Nothing to decide."""
 
+    @property
+    def decided(self) -> bool:
+        """Whether what is due no longer depends on measured times."""
+        return True
+
     def describe(self) -> str:
         """One line for the report."""
         return f"every {self.every_n_steps} steps"
@@ -153,6 +158,11 @@ class LogSchedule:
         """Seconds of one measurement: the cheaper of the first two, since a busy machine only ever adds time."""
         before = [self._spent_before.get(step, 0.0) for step in (0, 1)]
         return max(min(before[1] - before[0], spent - before[1]), 1e-9) if before[1] > before[0] else max(spent, 1e-9)
+
+    @property
+    def decided(self) -> bool:
+        """Whether what is due no longer depends on measured times."""
+        return self._decided
 
     def describe(self) -> str:
         """One line for the report."""

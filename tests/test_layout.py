@@ -13,7 +13,7 @@ LEVELS = {
     0: {"distributed", "guard", "json_lines"},
     1: {"functional", "krylov", "layers", "losses", "optimizer", "probe"},
     2: {"kernel", "gram"},
-    3: {"method", "randomized", "spectrum"},
+    3: {"method", "randomized", "spectrum", "team"},
     4: {"shells"},
     5: {"density", "flux", "transfer", "comparison", "exponents", "renormalizability"},
     6: {"snapshot", "measure", "emission", "trajectory", "run"},
