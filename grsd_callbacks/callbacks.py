@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
@@ -21,7 +22,7 @@ from grsd_callbacks.losses import Loss, check_pair, resolve_loss
 from grsd_callbacks.measure import Settings
 from grsd_callbacks.monitor import ShellMonitor, check_num_probe, make_schedule
 from grsd_callbacks.optimizer import step_size
-from grsd_callbacks.outlet import warn
+from grsd_callbacks.outlet import first_line, remedy, warn
 from grsd_callbacks.probe import Probe, concatenate, probe_from, restored, unpack_batch
 from grsd_callbacks.sinks import JSONLinesSink, LoggerSink, Sink
 from grsd_callbacks.snapshot import Snapshot
@@ -39,6 +40,31 @@ PROBE_SIZE = {"cpu": 320, "cuda": 2048}
 SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 #: file of JSON lines in the run's log folder
 JSON_LINES = "grsd.jsonl"
+
+
+def _harmless(hook: Callable[..., None]) -> Callable[..., None]:
+    """A hook in which nothing but wrong use, found before the first step, ends the training.
+
+    Measurements catch what goes wrong in them; this is for all that lies around them. Not in distributed runs, where
+    a rank that went on alone would leave the others waiting.
+    """
+
+    @functools.wraps(hook)
+    def guarded(self: ShellDynamicsCallback, trainer: Any, *args: Any) -> None:
+        if self._off:
+            return
+        try:
+            hook(self, trainer, *args)
+        except Exception as error:
+            if self._refused or self._on_error == "raise" or trainer.world_size > 1:
+                raise
+            self._off = True
+            warn(
+                f"grsd: measuring is off for the rest of this run ({first_line(error)}). Training goes on unchanged. "
+                "Use on_error='raise' to see the traceback."
+            )
+
+    return guarded
 
 
 class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
@@ -150,7 +176,8 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         self._sinks: list[Sink] = []
         self._resume: dict[str, Any] | None = None
         self._global_step = 0
-        self._off = False
+        self._off = self._refused = False
+        self._failed_starts, self._next_start = 0, 0
         self._group = Group()
         self.monitor: ShellMonitor | None = None
 
@@ -174,7 +201,9 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         """Check what can be checked before any data is seen."""
         if stage != "fit":
             return
-        self.monitor, self._off, self._resume = None, False, None  # a resumed fit loads its state after setup
+        self.monitor, self._resume = None, None  # a resumed fit loads its state after setup
+        self._off = self._refused = False
+        self._failed_starts, self._next_start = 0, 0
         refuse_sharded(trainer)
         folder = trainer.log_dir  # a collective in distributed runs: reached by all ranks
         self._group = Group.current()
@@ -196,11 +225,12 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
             self._probe = probe_from(self._probe, self._num_probe, self._unpack)
             check_pair(self._resolved, self._outputs(pl_module, self._probe), self._probe.targets)
 
+    @_harmless
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
         """Measure, if due, before the step."""
         if self._waits(trainer):
             return
-        if self.monitor is None and not self._off:
+        if self.monitor is None and trainer.global_step >= self._next_start:
             self.monitor = self._start(trainer, pl_module, batch)
         if self.monitor is None:
             return
@@ -208,6 +238,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         self.monitor.set_step_size(step_size(_raw(trainer.optimizers)))
         self.monitor.observe(step_axis(trainer))
 
+    @_harmless
     def on_before_optimizer_step(self, trainer: Any, pl_module: nn.Module, optimizer: Any) -> None:
         """Advance flow time by the learning rate in force."""
         if self.monitor is None or not _has_gradient(optimizer):
@@ -220,11 +251,13 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         self.monitor.advance(step_size(optimizer), share=share)
         self.monitor.set_step_size(step_size(several))
 
+    @_harmless
     def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Complete the latest measurement by the step that followed it."""
         if self.monitor is not None and trainer.global_step > self._global_step:
             self.monitor.finish_update(step_axis(trainer) + 1)
 
+    @_harmless
     def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
         """Last measurement, summary, flush."""
         if self.monitor is not None:
@@ -241,9 +274,15 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         """Probe, shells, frozen basis, history and schedule, as tensors and plain types."""
-        if self.monitor is not None:
+        if self.monitor is None:
+            return self._resume or {}
+        try:
             return self.monitor.state_dict()
-        return self._resume or {}
+        except Exception as error:
+            if self._on_error == "raise":
+                raise
+            warn(f"grsd: a checkpoint is saved without the state of the measurements ({first_line(error)}).")
+            return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue a run from its checkpoint."""
@@ -252,23 +291,24 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
     # -- set-up at the first batch -----------------------------------------------------------------------
 
     def _start(self, trainer: Any, pl_module: nn.Module, batch: Any) -> ShellMonitor | None:
-        """The monitor; wrong use raises, anything else that goes wrong switches measuring off with one warning."""
+        """The monitor; wrong use raises, anything else is one warning and tried again after 1, 2, 4, ... more steps."""
         try:
-            return self._make_monitor(trainer, pl_module, batch)
-        except (ValueError, TypeError, DisturbedTraining):
-            raise
+            monitor = self._make_monitor(trainer, pl_module, batch)
         except Exception as error:
-            if self._on_error == "raise":
+            wrong_use = isinstance(error, (ValueError, TypeError, DisturbedTraining)) and not self._failed_starts
+            if wrong_use or self._on_error == "raise":
+                self._refused = True
                 raise
-            self._off = True
-            if not self._group.leads:
-                return None
-            warn(
-                f"grsd: measuring is off for this run, because the model cannot be run on the probe "
-                f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). Training goes on "
-                "unchanged. Try a smaller num_probe, or on_error='raise' to see the traceback."
-            )
+            self._next_start = trainer.global_step + 2**self._failed_starts
+            self._failed_starts += 1
+            if self._failed_starts == 1 and self._group.leads:
+                warn(
+                    f"grsd: the model cannot be measured on the probe ({first_line(error)}). Training goes on "
+                    f"unchanged; it is tried again after 1, 2, 4, ... more steps. {remedy(error)}"
+                )
             return None
+        monitor.num_failed += self._failed_starts
+        return monitor
 
     def _make_monitor(self, trainer: Any, pl_module: nn.Module, batch: Any) -> ShellMonitor:
         assert self._resolved is not None

@@ -23,7 +23,7 @@ from grsd_callbacks.losses import Loss, calibrate, check_pair, resolve_loss
 from grsd_callbacks.measure import Instant, Settings, measure_with_operator
 from grsd_callbacks.method import choose_by_cost
 from grsd_callbacks.optimizer import NO_STEP_SIZE, StepSize, step_size
-from grsd_callbacks.outlet import Outlet, warn
+from grsd_callbacks.outlet import Outlet, first_line, remedy, warn
 from grsd_callbacks.probe import Probe, plain_leaves, probe_from, restored
 from grsd_callbacks.report import start_report, summary_table
 from grsd_callbacks.run import Pending, Run
@@ -64,7 +64,7 @@ class ShellMonitor:
 
     Attributes:
         run: what the run remembers (`Run`).
-        num_failed: measurements that could not be made.
+        num_failed: measurements that could not be made, or not be written in full.
 
     Raises:
         ValueError, TypeError: wrong arguments, or outputs and targets that do not fit (at construction).
@@ -128,6 +128,7 @@ class ShellMonitor:
         self.num_failed = 0
         self.measuring_seconds = 0.0
         self._last_step: int | None = None
+        self._unwritten: int | None = None
         self._pending: Pending | None = None
         self._forward = "auto"
         self._started: float | None = None
@@ -226,6 +227,9 @@ class ShellMonitor:
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise ValueError(f"step must be a non-negative integer, got {step!r}")
         size = _given_size(optimizer, lr, flow_time)
+        return self._attempt(step, lambda: self._step(step, size, flow_time))
+
+    def _step(self, step: int, size: StepSize, flow_time: float | None) -> Snapshot | None:
         self._advance_to(step, flow_time)
         self._versions = self._parameter_versions()
         self.run.size = size
@@ -298,6 +302,9 @@ class ShellMonitor:
                 parameters have been written to since.
             flow_time: t at the end, for loops that give it themselves.
         """
+        return self._attempt(self._last_step or 0, lambda: self._finish(step, flow_time))
+
+    def _finish(self, step: int | None, flow_time: float | None) -> Snapshot | None:
         last = self._last_step if step is None else step
         if self._versions is not None and self._last_step is not None:  # flow time follows the calls of `step`
             moved = self._versions != self._parameter_versions()
@@ -319,10 +326,15 @@ class ShellMonitor:
     def _conclude(self) -> None:
         if not self.history:
             return
-        fits = self._charged(self.final_exponents)
-        self._charged(lambda: self.outlet.summary(self.history, fits))
-        if self.figures:
-            self.outlet.figures(self.history, fits)
+        end = self.history[-1].step
+        fits = self._charged(lambda: self._attempt(end, lambda: self._summarise(end)))
+        if self.figures and fits is not None:  # not part of the overhead
+            self._note(end, self.outlet.figures(self.history, fits))
+
+    def _summarise(self, end: int) -> dict[str, PowerLawFit]:
+        fits = self.final_exponents()
+        self._note(end, self.outlet.summary(self.history, fits))
+        return fits
 
     def close(self) -> None:
         """Flush everything and close what this monitor has opened."""
@@ -362,7 +374,8 @@ class ShellMonitor:
             op.release()
             self._pending = Pending(step, op, instant.state, instant.nu, self.run.size)
         self._warn_if_costly()
-        self.outlet.snapshot(snapshot, self.num_failed, self.report if len(self.history) == 1 else None)
+        report = self.report if len(self.history) == 1 else None
+        self._note(step, self.outlet.snapshot(snapshot, self.num_failed, report))
         return snapshot
 
     def _add_update(self, pending: Pending) -> None:
@@ -387,7 +400,7 @@ class ShellMonitor:
 
     def _written(self, done: Snapshot | None) -> Snapshot | None:
         if done is not None:
-            self.outlet.update(done)
+            self._note(done.step, self.outlet.update(done))
         return done
 
     def final_exponents(self) -> dict[str, PowerLawFit]:
@@ -433,14 +446,20 @@ class ShellMonitor:
         unchanged = "" if isinstance(error, DisturbedTraining) else " Training goes on unchanged."
         rank = failed_rank(error)
         where = "" if rank is None else f" on rank {rank}"
-        kind = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         self.new_segment("the measurement before this one failed")
         self.outlet.warn_once(
             type(error).__name__,
-            f"grsd: the measurement at step {step} failed{where} ({kind}).{unchanged} The next measurement is tried as "
-            "scheduled. Use on_error='raise' to see the traceback.",
+            f"grsd: the measurement at step {step} failed{where} ({first_line(error)}).{unchanged} The next one is made "
+            f"as scheduled. {remedy(error)}",
         )
         self.outlet.failed(step, self.num_failed)
+
+    def _note(self, step: int, written: bool) -> None:
+        """Count a measurement whose values could not be written, and say so where writing still works."""
+        if not written and step != self._unwritten:
+            self._unwritten = step
+            self.num_failed += 1
+            self.outlet.failed(step, self.num_failed)
 
     def _warn_if_costly(self) -> None:
         if isinstance(self.schedule, FixedSchedule) and len(self.history) >= 4 and self.overhead > COSTLY:

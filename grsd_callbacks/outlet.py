@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from grsd_callbacks import tags
 from grsd_callbacks.emission import Emission
 from grsd_callbacks.exponents import PowerLawFit
@@ -29,6 +31,25 @@ def warn(message: str) -> None:
         logging.getLogger("grsd_callbacks").warning(message)
 
 
+def first_line(error: BaseException) -> str:
+    """Kind and first line of an error's message, for a warning."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def remedy(error: BaseException) -> str:
+    """What the user can do about a failed measurement, as a sentence."""
+    text = str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in text or "can't allocate" in text:
+        return "Take a smaller num_probe or memory_limit, or method='krylov'."
+    if isinstance(error, torch.linalg.LinAlgError):
+        return "If it persists, try dtype='float64' or method='krylov'."
+    if "NaN or Inf" in text:
+        return "Look at the training run: a lower learning rate or gradient clipping may keep it finite."
+    if "same device" in text or "meta tensor" in text:
+        return "Give a probe that can be moved to the model's device."
+    return "Use on_error='raise' to see the traceback."
+
+
 class Outlet:
     """The sinks of one monitor, under one prefix.
 
@@ -37,6 +58,8 @@ class Outlet:
         prefix: what tags begin with.
         on_error: "warn" (what cannot be written is one warning; it stays in the history) or "raise".
         quiet: no warnings, on ranks whose warnings another rank gives.
+
+    Each method that writes returns whether all could be written.
     """
 
     def __init__(self, writer: Any, prefix: str, on_error: str, quiet: bool = False) -> None:
@@ -45,7 +68,7 @@ class Outlet:
         self._warned: set[str] = set()
         self.quiet = quiet
 
-    def snapshot(self, snapshot: Snapshot, num_failed: int, report: str | None) -> None:
+    def snapshot(self, snapshot: Snapshot, num_failed: int, report: str | None) -> bool:
         """Write a measurement; with the report (given at the first one) also the meaning of tags and the layout."""
 
         def write() -> None:
@@ -56,21 +79,21 @@ class Outlet:
                 emission = replace(emission, texts=texts, layout=tags.layout(self.prefix))
             self._write(replace(emission, scalars=scalars))
 
-        self._attempt(write)
+        return self._attempt(write)
 
-    def update(self, snapshot: Snapshot) -> None:
+    def update(self, snapshot: Snapshot) -> bool:
         """Write what the optimizer step after a measurement has added to it."""
-        self._attempt(
+        return self._attempt(
             lambda: self._write(
                 Emission(step=snapshot.step, scalars=tags.update_scalars(snapshot), record=snapshot.to_dict())
             )
         )
 
-    def failed(self, step: int, num_failed: int) -> None:
+    def failed(self, step: int, num_failed: int) -> bool:
         """Write the number of measurements that could not be made."""
-        self._attempt(lambda: self._write(Emission(step=step, scalars={tags.FAILED: float(num_failed)})))
+        return self._attempt(lambda: self._write(Emission(step=step, scalars={tags.FAILED: float(num_failed)})))
 
-    def summary(self, history: Sequence[Snapshot], fits: Mapping[str, PowerLawFit]) -> None:
+    def summary(self, history: Sequence[Snapshot], fits: Mapping[str, PowerLawFit]) -> bool:
         """Write the table of the run, and flush."""
 
         def write() -> None:
@@ -78,12 +101,13 @@ class Outlet:
             self._write(Emission(step=history[-1].step, texts={tags.SUMMARY: table}))
             self.sinks.flush()
 
-        self._attempt(write)
+        return self._attempt(write)
 
-    def figures(self, history: Sequence[Snapshot], fits: Mapping[str, PowerLawFit]) -> None:
+    def figures(self, history: Sequence[Snapshot], fits: Mapping[str, PowerLawFit]) -> bool:
         """Draw and write the figures of the run, if there is anywhere to write to."""
-        if self.sinks.sinks:
-            self._attempt(lambda: self._write(Emission(step=history[-1].step, figures=run_figures(history, fits))))
+        if not self.sinks.sinks:
+            return True
+        return self._attempt(lambda: self._write(Emission(step=history[-1].step, figures=run_figures(history, fits))))
 
     def close(self) -> None:
         """Flush everything and close what was opened here."""
@@ -98,12 +122,16 @@ class Outlet:
     def _write(self, emission: Emission) -> None:
         self.sinks.write(emission if self.prefix == "grsd_" else tags.renamed(emission, self.prefix))
 
-    def _attempt(self, function: Callable[[], None]) -> None:
+    def _attempt(self, function: Callable[[], None]) -> bool:
         try:
             function()
         except Exception as error:
             if self.on_error == "raise":
                 raise
             self.warn_once(
-                "write", f"grsd: values cannot be written ({type(error).__name__}: {error}); they are kept in history."
+                "write",
+                f"grsd: values cannot be written ({first_line(error)}); they are kept in history. Look at the disk and "
+                "the logger: writing is tried again at the next measurement.",
             )
+            return False
+        return True

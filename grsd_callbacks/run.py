@@ -82,7 +82,17 @@ class Run:
     # -- one measurement ---------------------------------------------------------------------------------
 
     def add(self, step: int, instant: Instant, energy_is_loss: bool) -> Snapshot:
-        """The snapshot of a measurement, appended to the history."""
+        """The snapshot of a measurement, appended to the history; what fails leaves the run as it was."""
+        is_first, num = self.frozen is None, len(self.trajectory.flow_time)
+        try:
+            return self._add(step, instant, energy_is_loss)
+        except BaseException:
+            self.trajectory.cut(num)
+            if is_first:
+                self.grid = self.frozen = self.frozen_images = None
+            raise
+
+    def _add(self, step: int, instant: Instant, energy_is_loss: bool) -> Snapshot:
         budget, grid = instant.budget, instant.budget.grid
         if self.grid is None or self.frozen is None:
             self.grid, self.frozen, self.frozen_images = grid, instant.state, instant.images

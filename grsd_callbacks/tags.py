@@ -219,7 +219,7 @@ TEMPLATES = {
         "-<r, sqrt(nu) J dtheta>: first-order loss decrease on the probe by the actual step after the measurement",
     ),
     f"{WORK}/effective_lr": ("1", "sum W_a / (lr sum D_a): 1 for full-batch gradient descent on the probe"),
-    FAILED: ("count", "measurements that could not be made so far"),
+    FAILED: ("count", "measurements that could not be made, or not be written in full, so far"),
 }
 
 

@@ -38,10 +38,16 @@ class Trajectory:
         self, flow_time: float, loss: float, edges: Tensor, frozen_energy: Tensor, coverage: float = 1.0
     ) -> None:
         """Add one measurement; without a frontier if the frozen basis holds too little of the residual."""
+        held = coverage >= LEAST_COVERAGE
+        scale = float(frontier(edges.numpy(), frozen_energy.numpy())) if held else math.nan
         self.flow_time.append(flow_time)
         self.loss.append(loss)
-        held = coverage >= LEAST_COVERAGE
-        self.frontier.append(float(frontier(edges.numpy(), frozen_energy.numpy())) if held else math.nan)
+        self.frontier.append(scale)
+
+    def cut(self, num: int) -> None:
+        """Keep the first `num` measurements."""
+        for series in (self.flow_time, self.loss, self.frontier):
+            del series[num:]
 
     def chi(self, compare: bool = True) -> PowerLawFit:
         """Loss exponent, on the longest straight window."""
