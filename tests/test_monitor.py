@@ -280,16 +280,18 @@ class Broken(MemorySink):
         raise OSError("disk full")
 
 
-def test_a_sink_that_fails_is_one_warning_and_no_failed_measurement():
+def test_a_sink_that_fails_is_one_warning_and_no_break():
     kept = MemorySink()
     with pytest.warns(MeasurementWarning) as caught:
         monitor = loop(6, writer=[Broken(), kept])
     messages = [str(w.message) for w in caught if "written" in str(w.message)]
-    assert messages == ["grsd: values cannot be written (OSError: disk full); they are kept in history."]
-    assert monitor.num_failed == 0 and [s.step for s in monitor.history] == [0, 2, 4, 6]
+    assert len(messages) == 1
+    assert "grsd: values cannot be written (OSError: disk full); they are kept in history." in messages[0]
+    assert monitor.num_failed == 4 and [s.step for s in monitor.history] == [0, 2, 4, 6]
     assert all(bool(s.flux.isfinite().all()) for s in monitor.history[1:])  # the run is not broken by it
     assert all(bool(s.work.isfinite().all()) for s in monitor.history[:-1])
     assert {e.step for e in kept.emissions} == {0, 2, 4, 6}
+    assert max(e.scalars.get("grsd_health/failed", 0.0) for e in kept.emissions) == 4.0
 
 
 def test_a_sink_that_fails_raises_where_that_is_asked_for():
