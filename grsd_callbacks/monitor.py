@@ -17,12 +17,12 @@ from torch.optim import Optimizer
 
 from grsd_callbacks.exponents import PowerLawFit
 from grsd_callbacks.guard import DisturbedTraining
-from grsd_callbacks.kernel import NTKOperator
 from grsd_callbacks.losses import Loss, calibrate, check_pair, resolve_loss
-from grsd_callbacks.measure import Settings, measure_with_operator
+from grsd_callbacks.measure import Settings, measure_with_operator, operator_for
 from grsd_callbacks.method import choose_by_cost
 from grsd_callbacks.optimizer import NO_STEP_SIZE, StepSize, step_size
 from grsd_callbacks.outlet import Outlet, warn
+from grsd_callbacks.plan import ProductPlan
 from grsd_callbacks.probe import Probe, plain_leaves, probe_from, restored
 from grsd_callbacks.report import start_report, summary_table
 from grsd_callbacks.run import Pending, Run
@@ -123,7 +123,7 @@ class ShellMonitor:
         self.measuring_seconds = 0.0
         self._last_step: int | None = None
         self._pending: Pending | None = None
-        self._forward = "auto"
+        self._plan: ProductPlan | None = None
         self._started: float | None = None
         self._measuring_since: float | None = None
         self._first_step = 0
@@ -137,13 +137,7 @@ class ShellMonitor:
 
     def _prepare(self) -> None:
         """Run the model once on the probe: wrong use fails here, before the first step."""
-        op = NTKOperator(
-            self.model,
-            self.probe.inputs,
-            params=self.settings.params,
-            outputs=self.settings.outputs,
-            dtype=self.settings.dtype,
-        )
+        op = operator_for(self.model, self.probe, self.settings)
         outputs = op.outputs
         check_pair(self.loss, outputs, self.probe.targets)
         op.run(lambda: self.loss.evaluate(outputs, self.probe.targets))  # refuses what is no differentiable scalar
@@ -309,9 +303,10 @@ class ShellMonitor:
             self.loss,
             self.settings,
             self.run.grid,
-            forward=self._forward,
+            plan=self._plan,
             start=self.run.last_vectors,
         )
+        self._plan = op.plan
         instant.cost["overhead_percent"] = 100 * self.overhead
         instant.health["failed"] = float(self.num_failed)
         snapshot = self.run.add(step, instant, self.loss.energy_is_loss)
@@ -324,7 +319,8 @@ class ShellMonitor:
 
     def _add_update(self, pending: Pending) -> None:
         """Work (and transfer) of the optimizer step that followed a measurement."""
-        self._forward = pending.op.choose_forward(timed=False)
+        pending.op.choose_forward(timed=False)
+        self._plan = pending.op.plan
         parameters = dict(self.model.named_parameters())
         copies = pending.op.function.parameters.items()
         change = pending.op.flatten([parameters[name].detach().to(copy) - copy.detach() for name, copy in copies])
@@ -399,7 +395,7 @@ class ShellMonitor:
     def _check_identity(self) -> None:
         identity = self._parameter_identity()
         if identity != self._identity:
-            self._identity = identity
+            self._identity, self._plan = identity, None
             self.new_segment("parameters were replaced, frozen or unfrozen between measurements")
 
     # -- checkpoints -------------------------------------------------------------------------------------
