@@ -82,6 +82,11 @@ class ModelFunction:
         return sum(p.numel() for p in self.parameters.values())
 
     @property
+    def constants(self) -> list[Tensor]:
+        """Copies of frozen parameters and buffers."""
+        return list(self._constants.values())
+
+    @property
     def dtype(self) -> torch.dtype:
         """Floating dtype of the copies."""
         return self._target

@@ -4,16 +4,16 @@
     NTKOperator is J J^T, shape (m, m), m = n C. The kernel of THEORY is M = nu J J^T; nu belongs to the loss.
 
 J^T v is one backward pass over a retained graph. J w is, in this order of preference, whichever is right
-(checked by v . M v = |J^T v|^2) and faster: double backward over the same graph, `torch.func.jvp`, central
-differences.
+(checked by v . M v = |J^T v|^2 on a few samples) and fast: double backward over the same graph, `torch.func.jvp`,
+central differences. Where the graphs of all samples do not fit into the memory bound, they are built in chunks.
 """
 
 from __future__ import annotations
 
-import time
+import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -22,22 +22,25 @@ from torch import Tensor, nn
 
 from grsd_callbacks.functional import ModelFunction, ParameterFilter
 from grsd_callbacks.gram import Gram, exact_gram
-from grsd_callbacks.losses import wide_dtype
+from grsd_callbacks.memory import graph_memory, is_out_of_memory
+from grsd_callbacks.paths import FORWARD_PATHS, Products, dense
+from grsd_callbacks.plan import (
+    ADJOINT_TOLERANCE,
+    ProductPlan,
+    Trial,
+    batching_is_right,
+    overhead_dominates,
+    synchronise,
+)
 from grsd_callbacks.probe import num_samples, take
 
+__all__ = ["ADJOINT_TOLERANCE", "FORWARD_PATHS", "NTKOperator", "synchronise"]
+
 T = TypeVar("T")
-FORWARD_PATHS = ("double_backward", "forward", "central")
-#: largest allowed relative gap |v.Mv - |J^T v|^2| / |J^T v|^2 of a path, by dtype of the products
-ADJOINT_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-
-
-@dataclass
-class _Graph:
-    """Retained autograd graph of one chunk of samples."""
-
-    outputs: Tensor
-    cotangent: Tensor | None = None
-    pulled: list[Tensor] = field(default_factory=list)
+#: where not all graphs fit, a chunk is this share of the bound: the others are kept, one is built when needed
+CHUNKS_PER_BOUND = 4
+#: most vectors in one batched product
+MOST_COLUMNS = 32
 
 
 class NTKOperator:
@@ -50,19 +53,25 @@ class NTKOperator:
         params: which trainable parameters form theta (None: all that require a gradient).
         outputs: picks the output tensor (n, ...) from the model's raw output.
         dtype: dtype of the products; None is the parameters' own (half precision is raised to float32).
-        chunk_size: samples per graph; None keeps one graph. Chunks assume that samples do not interact
-            (true in eval mode). Results do not depend on it beyond rounding.
+        chunk_size: samples per graph; None takes as many as the memory bound allows. Chunks assume that samples do
+            not interact (true in eval mode; where they do, all samples stay in one chunk). Results do not depend on
+            it beyond rounding.
+        memory_limit: bytes that the graphs of products may hold; None is `graph_memory`. Smaller is slower. Where
+            memory runs out all the same, chunks are halved.
         forward: how J w is computed: "auto" (checked and timed once), or one of `FORWARD_PATHS`.
         mode: "eval" or "train": the mode of the modules during the measurement.
 
     Attributes:
         shape: (m, m).   num_samples: n.   num_outputs: C.   num_parameters: P.   dtype, device.
         num_products: J^T v and J w products so far, in units of kernel products (half each).
+        plan: how products are computed, as far as it has been found out.
 
     Raises:
         ValueError, TypeError: model without trainable parameters, outputs that are not (n, ...), bad arguments.
 
-    Cost: set-up one forward; J^T v 0.6, J w 0.6-1.4 gradients; memory of the graph plus O(P + m) per vector.
+    Cost: set-up one forward, one backward and a trial on an eighth of the samples (1 to 2 gradients in all); then
+        J^T v and J w 0.6 gradients each, with "forward" 1.1-1.4 for J w. Twice that for samples whose graphs do not
+        fit. Memory: graphs up to the bound plus O(P + m) per vector.
 
     Accuracy: exact derivatives of the copied model (kinks: autograd's choice); "central" is a difference
         quotient, relative error about 1e-9 in float64 and 1e-4 in float32.
@@ -84,25 +93,26 @@ class NTKOperator:
         outputs: Callable[[Any], Tensor] | None = None,
         dtype: torch.dtype | None = None,
         chunk_size: int | None = None,
+        memory_limit: int | None = None,
         forward: str = "auto",
         mode: str = "eval",
     ) -> None:
         if forward not in ("auto", *FORWARD_PATHS):
             raise ValueError(f"forward must be 'auto' or one of {FORWARD_PATHS}, got {forward!r}")
-        if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
-            raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
+        for name, value in (("chunk_size", chunk_size), ("memory_limit", memory_limit)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
         self.function = ModelFunction(model, params=params, outputs=outputs, dtype=dtype, mode=mode)
         self.inputs = inputs
         self.num_samples = num_samples(inputs)
         if self.num_samples == 0:
             raise ValueError("inputs hold no samples: the leading dimension is 0")
-        self.chunk_size = min(chunk_size or self.num_samples, self.num_samples)
+        self.memory_limit = memory_limit or graph_memory(self.device)
         self.num_products = 0.0
-        self.adjoint_gap = float("nan")
-        self.refused: dict[str, str] = {}
-        self._forward = None if forward == "auto" else forward
-        self._checked = False
-        self._graph: _Graph | None = None
+        self.plan = ProductPlan()
+        self._asked = None if forward == "auto" else forward
+        self._asked_chunk = None if chunk_size is None else min(chunk_size, self.num_samples)
+        self._kept: dict[int, Products] = {}
         self._outputs: Tensor | None = None
 
     # -- sizes -------------------------------------------------------------------------------------------
@@ -111,8 +121,7 @@ class NTKOperator:
     def outputs(self) -> Tensor:
         """f on the batch, detached, shape (n, ...)."""
         if self._outputs is None:
-            self._outputs = self.run(lambda: torch.cat([self._graph_of(c).outputs.detach() for c in self._chunks()]))
-            self._check_rows(self._outputs)
+            self._outputs = self._surviving(self._all_outputs)
         return self._outputs
 
     @property
@@ -142,39 +151,58 @@ class NTKOperator:
         return self.function.device
 
     @property
+    def chunk_size(self) -> int:
+        """Samples per graph."""
+        if not self.plan.chunk_size:
+            self.run(self._start)
+        return self.plan.chunk_size
+
+    @property
     def forward_path(self) -> str:
         """The path J w takes; chosen at its first use."""
         return self.choose_forward()
 
+    @property
+    def adjoint_gap(self) -> float:
+        """|v.Mv - |J^T v|^2| / |J^T v|^2 of the path in its trial."""
+        return self.plan.gap
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Paths that cannot be used for this model, and why."""
+        return self.plan.refused
+
     def choose_forward(self, *, timed: bool = True) -> str:
         """Choose the path for J w if none is chosen yet: the fastest right one, or untimed the first right one."""
-        if self._forward is None:
-            self._forward = self.run(lambda: self._choose_forward(timed))
-        elif not self._checked:
-            self.run(self._check_asked)
-        self._checked = True
-        return self._forward
+        if not self.plan.path:
+            self.run(lambda: self._choose(timed))
+        return self.plan.path
 
-    def adopt(self, path: str) -> None:
-        """Take a path for J w that has been checked on the same model before."""
-        self._forward, self._checked = path, True
+    def adopt(self, plan: ProductPlan) -> None:
+        """Take what was found on the same model and probe before."""
+        self.plan = plan
 
     # -- products ----------------------------------------------------------------------------------------
 
     def vjp(self, V: Tensor) -> Tensor:
-        """J^T V: (m,) -> (P,) or (m, k) -> (P, k). One backward pass per column."""
+        """J^T V: (m,) -> (P,) or (m, k) -> (P, k). One backward pass per column, batched where that is faster."""
         V = self._vectors(V, self.shape[0], "V")
-        return self.run(lambda: _columns(self._vjp, V))
+        return self._surviving(lambda: self._columns("vjp", V))
 
     def jvp(self, W: Tensor) -> Tensor:
         """J W: (P,) -> (m,) or (P, k) -> (m, k)."""
         W = self._vectors(W, self.num_parameters, "W")
         self.forward_path  # noqa: B018  chosen before the loop
-        return self.run(lambda: _columns(self._jvp, W))
+        return self._surviving(lambda: self._columns("jvp", W))
 
     def __matmul__(self, V: Tensor) -> Tensor:
-        """J J^T V: (m,) -> (m,) or (m, k) -> (m, k)."""
-        return self.jvp(self.vjp(V))
+        """J J^T V: (m,) -> (m,) or (m, k) -> (m, k). Never holds more than a block of vectors of P numbers."""
+        V = self._vectors(V, self.shape[0], "V")
+        if V.dim() == 1:
+            return self.jvp(self.vjp(V))
+        size = self.run(lambda: self._columns_at_once("vjp", V))
+        parts = [self.jvp(self.vjp(block)) for block in V.split(size, dim=1)]
+        return torch.cat(parts, dim=1) if parts else V.clone()
 
     def gram(self, *, memory_limit: int | None = None) -> Tensor:
         """The exact J J^T, shape (m, m), float64, symmetric (see `exact_gram` for cost and accuracy)."""
@@ -186,8 +214,8 @@ class NTKOperator:
         return exact_gram(self.function, self.inputs, **limits)
 
     def release(self) -> None:
-        """Drop the retained graph; the next product builds it again, at the same parameters."""
-        self._graph = None
+        """Drop the retained graphs; the next product builds them again, at the same parameters."""
+        self._kept = {}
 
     def run(self, function: Callable[[], T]) -> T:
         """Run `function` with the model guarded and the copies in place (one session for many products)."""
@@ -197,7 +225,7 @@ class NTKOperator:
         """One (P,) vector from one tensor per parameter, in the order of `parameter_names`; None is zero."""
         parts = [
             torch.zeros(p.numel(), dtype=self.dtype, device=self.device) if t is None else t.detach().reshape(-1)
-            for t, p in zip(map(_dense, tensors), self.function.parameters.values(), strict=True)
+            for t, p in zip(map(dense, tensors), self.function.parameters.values(), strict=True)
         ]
         return torch.cat(parts)
 
@@ -211,152 +239,123 @@ class NTKOperator:
         """Names of the parameters in theta, in order."""
         return list(self.function.parameters)
 
-    # -- one column --------------------------------------------------------------------------------------
+    # -- one chunk after the other -----------------------------------------------------------------------
 
-    def _vjp(self, v: Tensor) -> Tensor:
-        self.num_products += 0.5
-        leaves = list(self.function.parameters.values())
-        total: list[Tensor | None] = [None] * len(leaves)
+    def _vjp(self, v: Tensor, *, batched: bool = False) -> Tensor:
+        """J^T v: (m,) -> (P,), batched (k, m) -> (k, P)."""
+        total: list[Tensor | None] = [None] * len(self.function.parameters)
         for index, part in zip(self._chunks(), self._split(v), strict=True):
-            graph = self._graph_of(index)
-            grads = torch.autograd.grad(
-                graph.outputs, leaves, part.view_as(graph.outputs), retain_graph=True, allow_unused=True
-            )
-            total = [_plus(a, _dense(b)) for a, b in zip(total, grads, strict=True)]
-        return self.flatten(total)
+            pulled = self._products(index).vjp(part, batched=batched)
+            total = [_plus(a, b) for a, b in zip(total, pulled, strict=True)]
+        self.num_products += 0.5 * (len(v) if batched else 1)
+        if not batched:
+            return self.flatten(total)
+        sizes = [p.numel() for p in self.function.parameters.values()]
+        parts = [v.new_zeros(len(v), size) if t is None else t.flatten(1) for t, size in zip(total, sizes, strict=True)]
+        return torch.cat(parts, dim=1)
 
-    def _jvp(self, w: Tensor, path: str | None = None) -> Tensor:
-        self.num_products += 0.5
-        product = {"double_backward": self._jvp_double, "forward": self._jvp_forward, "central": self._jvp_central}
-        tangents = self.unflatten(w)
-        return torch.cat([product[path or self.forward_path](i, tangents).reshape(-1) for i in self._chunks()])
+    def _jvp(self, w: Tensor, *, batched: bool = False) -> Tensor:
+        """J w: (P,) -> (m,), batched (k, P) -> (k, m)."""
+        if batched:
+            leaves = self.function.parameters.values()
+            columns = w.split([p.numel() for p in leaves], dim=1)
+            stacked = [t.reshape(len(w), *p.shape) for t, p in zip(columns, leaves, strict=True)]
+            parts = [self._products(index).jvp_batched(stacked) for index in self._chunks()]
+        else:
+            tangents = self.unflatten(w)
+            parts = [self._products(index).jvp(self.plan.path, tangents) for index in self._chunks()]
+        self.num_products += 0.5 * (len(w) if batched else 1)
+        return torch.cat(parts, dim=-1)
 
-    def _jvp_double(self, index: slice, tangents: list[Tensor]) -> Tensor:
-        """J w = d/dz (w . J^T z): the exact transpose of the backward pass in use."""
-        graph = self._pulled(index)
-        pairs = [(g, w) for g, w in zip(graph.pulled, tangents, strict=True) if g is not None and g.requires_grad]
-        if not pairs or graph.cotangent is None:
-            return torch.zeros_like(graph.outputs)
-        (product,) = torch.autograd.grad(
-            [g for g, _ in pairs], graph.cotangent, [w for _, w in pairs], retain_graph=True
-        )
-        return product.detach()
+    # -- several columns ---------------------------------------------------------------------------------
 
-    def _pulled(self, index: slice) -> _Graph:
-        """The graph of a chunk with J^T z as a differentiable function of z."""
-        graph = self._graph_of(index)
-        if graph.cotangent is None:
-            z = torch.zeros_like(graph.outputs, requires_grad=True)
-            leaves = list(self.function.parameters.values())
-            pulled = torch.autograd.grad(graph.outputs, leaves, z, create_graph=True, allow_unused=True)
-            graph.cotangent, graph.pulled = z, list(pulled)
-        return graph
+    def _columns(self, kind: str, V: Tensor) -> Tensor:
+        product = self._vjp if kind == "vjp" else self._jvp
+        if V.dim() == 1:
+            return product(V)
+        if V.shape[1] == 0:
+            return V.new_zeros(self.num_parameters if kind == "vjp" else self.shape[0], 0)
+        size = self._columns_at_once(kind, V)
+        if size == 1:
+            return torch.stack([product(column) for column in V.unbind(1)], dim=1)
+        return torch.cat([product(block.T, batched=True) for block in V.split(size, dim=1)]).T
 
-    def _jvp_forward(self, index: slice, tangents: list[Tensor]) -> Tensor:
-        names, leaves = zip(*self.function.parameters.items(), strict=True)
-        inputs = take(self.inputs, index, self.num_samples)
+    def _columns_at_once(self, kind: str, V: Tensor) -> int:
+        """Vectors per batched product, found out at the first block of vectors; 1 where it does not pay or work."""
+        if kind not in self.plan.columns and V.shape[1] > 1:
+            before = self.num_products
+            size = self._tried_columns(kind, V)
+            self.num_products = before
+            self.plan = replace(self.plan, columns={**self.plan.columns, kind: size})
+        return self.plan.columns.get(kind, 1)
 
-        def f(*values: Tensor) -> Tensor:
-            return self.function.outputs(inputs, dict(zip(names, values, strict=True)))
+    def _tried_columns(self, kind: str, V: Tensor) -> int:
+        held = self.plan.sample_bytes * self.chunk_size
+        possible = kind == "vjp" or self.plan.path == "double_backward"
+        if not (possible and overhead_dominates(self.device, self.num_parameters, held)):
+            return 1
+        per_column = held + 2 * self.num_parameters * V.element_size()
+        size = min(MOST_COLUMNS, int(self.memory_limit / max(per_column, 1)))
+        product = self._vjp if kind == "vjp" else self._jvp
+        right = size > 1 and batching_is_right(product, partial(product, batched=True), V[:, :2])
+        return size if right else 1
 
-        primals = tuple(p.detach() for p in leaves)
-        with warnings.catch_warnings():  # torch's first forward-mode call warns of its own use of torch.jit
-            warnings.simplefilter("ignore", DeprecationWarning)
-            return torch.func.jvp(f, primals, tuple(tangents))[1].detach()
+    # -- how products are computed -----------------------------------------------------------------------
 
-    def _jvp_central(self, index: slice, tangents: list[Tensor]) -> Tensor:
-        """(f(theta + h w) - f(theta - h w)) / 2h, on float64 copies where the model runs in float64."""
-        inputs = take(self.inputs, index, self.num_samples)
-        size = float(torch.stack([t.norm() for t in tangents]).norm())
-        scale = float(torch.stack([p.detach().norm() for p in self.function.parameters.values()]).norm())
-        if size == 0.0:
-            return torch.zeros_like(self._graph_of(index).outputs)
-        relative = max(scale, 1e-3) / size
-        try:
-            return self._difference(inputs, tangents, 1e-5 * relative, wide_dtype(self.device))
-        except (RuntimeError, ValueError):  # casts of its own inside the model
-            return self._difference(inputs, tangents, torch.finfo(self.dtype).eps ** (1 / 3) * relative, self.dtype)
+    def _start(self) -> None:
+        """Lean graphs if they are right, and the chunk size."""
+        trial = Trial(self.function, self.inputs, self.num_samples)
+        if self.plan.lean is None:
+            why = trial.lean_gap()
+            refused = {**self.plan.refused, "lean": why} if why else self.plan.refused
+            self.plan = replace(self.plan, lean=not why, refused=refused)
+        if not self.plan.chunk_size:
+            each = trial.sample_bytes(bool(self.plan.lean))
+            self.plan = replace(self.plan, sample_bytes=each, chunk_size=self._chunk_for(trial, each))
 
-    def _difference(self, inputs: Any, tangents: list[Tensor], h: float, dtype: torch.dtype) -> Tensor:
-        velocity = dict(zip(self.parameter_names, tangents, strict=True))
-        ends = []
-        with torch.no_grad():
-            for shift in (h, -h):
-                function = self.function.moved(velocity, shift, dtype=dtype)
-                ends.append(function.run(partial(function.outputs, inputs)).detach())
-        return ((ends[0] - ends[1]) / (2 * h)).to(self.dtype)
-
-    # -- choice of the forward path ----------------------------------------------------------------------
-
-    def _choose_forward(self, timed: bool) -> str:
-        """The fastest path whose products obey v . M v = |J^T v|^2; why others were refused is kept."""
-        generator = torch.Generator().manual_seed(0)
-        v = torch.randn(self.shape[0], generator=generator, dtype=torch.float64).to(self.device, self.dtype)
-        products = self.num_products
-        w, backward_seconds = self._timed(lambda: self._vjp(v))
-        best: tuple[float, str, float] | None = None
-        for path in FORWARD_PATHS:
-            if best is not None and (path == "central" or not timed or best[0] <= 1.2 * backward_seconds):
-                break
-            trial = self._try_path(path, v, w)
-            if trial is not None and (best is None or trial[0] < best[0]):
-                best = (trial[0], path, trial[1])
-        self.num_products = products
-        if best is None:
-            reasons = "; ".join(f"{path}: {why}" for path, why in self.refused.items())
-            raise RuntimeError(f"no way to compute J w for this model ({reasons}); use method='exact'")
-        self.adjoint_gap = best[2]
-        return best[1]
-
-    def _check_asked(self) -> None:
-        """A path the user asked for is taken, but not silently if it is wrong."""
-        assert self._forward is not None
-        generator = torch.Generator().manual_seed(0)
-        v = torch.randn(self.shape[0], generator=generator, dtype=torch.float64).to(self.device, self.dtype)
-        products = self.num_products
-        w = self._vjp(v)
-        self.adjoint_gap = self._gap(v, w, self._jvp(w, self._forward))  # a path that cannot work raises here
-        self.num_products = products
-        if not self.adjoint_gap <= ADJOINT_TOLERANCE.get(self.dtype, 1e-3):
+    def _chunk_for(self, trial: Trial, sample_bytes: float) -> int:
+        if self._asked_chunk is not None:
+            return self._asked_chunk
+        if self.function.mode != "eval" or sample_bytes * self.num_samples <= self.memory_limit:
+            return self.num_samples
+        if trial.interact():
             warnings.warn(
-                f"J w by forward={self._forward!r} is not the transpose of J^T v on this model "
-                f"(gap {self.adjoint_gap:.1e}); use forward='auto'",
+                f"the graphs of {self.num_samples} samples hold about {sample_bytes * self.num_samples:.2g} bytes, "
+                f"more than memory_limit = {self.memory_limit}, and cannot be built in chunks: samples interact in "
+                "this model. Take a smaller probe, or raise memory_limit.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return self.num_samples
+        most = int(self.memory_limit / (CHUNKS_PER_BOUND * sample_bytes))
+        return max(1, min(self.num_samples, most))
+
+    def _choose(self, timed: bool) -> None:
+        self.chunk_size  # noqa: B018  found before the path
+        trial = Trial(self.function, self.inputs, self.num_samples, rebuilt=not self._all_kept)
+        if self._asked is None:
+            self.plan = trial.choose(self.plan, timed=timed)
+            return
+        gap = trial.gap(self._asked, bool(self.plan.lean))
+        self.plan = replace(self.plan, path=self._asked, gap=gap)
+        if not gap <= ADJOINT_TOLERANCE.get(self.dtype, 1e-3):  # taken, but not silently
+            warnings.warn(
+                f"J w by forward={self._asked!r} is not the transpose of J^T v on this model "
+                f"(gap {gap:.1e}); use forward='auto'",
                 RuntimeWarning,
                 stacklevel=2,
             )
 
-    def _gap(self, v: Tensor, w: Tensor, product: Tensor) -> float:
-        """Relative gap |v . J w - |w|^2| / |w|^2 for w = J^T v; 0 if w is zero."""
-        wide = wide_dtype(w.device)
-        squared = float(w.to(wide) @ w.to(wide))
-        return abs(float(v.to(wide) @ product.to(wide)) - squared) / squared if squared > 0 else 0.0
-
-    def _try_path(self, path: str, v: Tensor, w: Tensor) -> tuple[float, float] | None:
-        """(seconds, adjoint gap) of one product on a path, or None with the reason in `refused`."""
-        try:
-            if path == "double_backward":
-                for index in self._chunks():
-                    self._pulled(index)
-            elif path == "forward":
-                self._jvp(w, path)  # the first call of a process loads decompositions
-            product, seconds = self._timed(lambda: self._jvp(w, path))
-        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
-            self.refused[path] = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            return None
-        gap = self._gap(v, w, product)
-        if not gap <= ADJOINT_TOLERANCE.get(self.dtype, 1e-3):
-            self.refused[path] = f"J w is not the transpose of J^T v (gap {gap:.1e})"
-            return None
-        return seconds, gap
-
-    def _timed(self, function: Callable[[], T]) -> tuple[T, float]:
-        synchronise(self.device)
-        start = time.perf_counter()
-        result = function()
-        synchronise(self.device)
-        return result, time.perf_counter() - start
-
     # -- chunks and graphs -------------------------------------------------------------------------------
+
+    def _all_outputs(self) -> Tensor:
+        f = torch.cat([self._products(c).outputs.detach() for c in self._chunks()])
+        if f.shape[0] != self.num_samples:
+            raise ValueError(
+                f"outputs must have one row per sample: inputs have {self.num_samples} samples, "
+                f"the model returned shape {tuple(f.shape)}"
+            )
+        return f
 
     def _chunks(self) -> list[slice]:
         n, size = self.num_samples, self.chunk_size
@@ -364,27 +363,40 @@ class NTKOperator:
 
     def _split(self, v: Tensor) -> list[Tensor]:
         width = self.num_outputs
-        return list(v.split([(c.stop - c.start) * width for c in self._chunks()]))
+        return list(v.split([(c.stop - c.start) * width for c in self._chunks()], dim=-1))
 
-    def _graph_of(self, index: slice) -> _Graph:
-        """The retained graph when all samples are in one chunk, else a fresh one per product."""
-        whole = self.chunk_size >= self.num_samples
-        if whole and self._graph is not None:
-            return self._graph
-        f = self.function.outputs(take(self.inputs, index, self.num_samples))
-        graph = _Graph(f)
-        if not f.requires_grad:
-            raise ValueError("outputs do not depend on the selected parameters (detached, or under no_grad?)")
-        if whole:
-            self._graph = graph
-        return graph
+    @property
+    def _all_kept(self) -> bool:
+        return self.plan.sample_bytes * self.num_samples <= self.memory_limit or self.chunk_size >= self.num_samples
 
-    def _check_rows(self, f: Tensor) -> None:
-        if f.shape[0] != self.num_samples:
-            raise ValueError(
-                f"outputs must have one row per sample: inputs have {self.num_samples} samples, "
-                f"the model returned shape {tuple(f.shape)}"
-            )
+    def _products(self, index: slice) -> Products:
+        """Products on a chunk; its graphs are kept if they fit beside those of one other chunk."""
+        if index.start in self._kept:
+            return self._kept[index.start]
+        products = Products(self.function, take(self.inputs, index, self.num_samples), lean=bool(self.plan.lean))
+        each = self.plan.sample_bytes * self.plan.chunk_size
+        if self._all_kept or (len(self._kept) + 2) * each <= self.memory_limit:
+            self._kept[index.start] = products
+        return products
+
+    def _surviving(self, function: Callable[[], Tensor]) -> Tensor:
+        """Run it; where memory runs out, with chunks of half the size, as often as needed."""
+        while True:
+            before = self.num_products
+            try:
+                return self.run(function)
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or self.plan.chunk_size <= 1 or self.function.mode != "eval":
+                    raise
+            self.num_products = before
+            self._halve_chunks()
+
+    def _halve_chunks(self) -> None:
+        self.release()
+        self.memory_limit = max(1, self.memory_limit // 2)
+        self.plan = replace(self.plan, chunk_size=math.ceil(self.plan.chunk_size / 2), columns={})
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _vectors(self, V: Tensor, rows: int, name: str) -> Tensor:
         if not isinstance(V, Tensor) or V.dim() not in (1, 2) or V.shape[0] != rows:
@@ -393,23 +405,5 @@ class NTKOperator:
         return V.detach().to(self.device, self.dtype)
 
 
-def _columns(product: Callable[[Tensor], Tensor], V: Tensor) -> Tensor:
-    if V.dim() == 1:
-        return product(V)
-    return torch.stack([product(column) for column in V.unbind(1)], dim=1)
-
-
 def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
-
-
-def _dense(gradient: Tensor | None) -> Tensor | None:
-    return gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for the device, so that wall-clock times mean something."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()

@@ -17,6 +17,7 @@ from grsd_callbacks.functional import ParameterFilter
 from grsd_callbacks.kernel import NTKOperator, synchronise
 from grsd_callbacks.losses import Loss, Residual, check_pair, wide_dtype
 from grsd_callbacks.method import method_by_size
+from grsd_callbacks.plan import ProductPlan
 from grsd_callbacks.probe import Probe
 from grsd_callbacks.randomized import randomized_eigenpairs
 from grsd_callbacks.shells import ShellBudget, ShellGrid, shell_budget, top_budget
@@ -48,7 +49,7 @@ class Settings:
         num_density_matvecs: kernel products for eigenvalue counts (krylov), 0 for none.
         shells_per_decade: shells a decade of eigenvalues.
         params, outputs, dtype: see `NTKOperator`.
-        memory_limit: bytes of explicit rows of J held at a time (exact), None for the default.
+        memory_limit: bytes of temporaries of the exact kernel, and of the graphs of products; None for the defaults.
         seed: of the private generator behind random probe vectors, the same at every measurement.
     """
 
@@ -140,24 +141,36 @@ def measure_with_operator(
     settings: Settings,
     grid: ShellGrid | None = None,
     *,
-    forward: str = "auto",
+    plan: ProductPlan | None = None,
     start: Tensor | None = None,
     op: NTKOperator | None = None,
 ) -> tuple[Instant, NTKOperator]:
     """As `measure`, and the operator at the measured parameters.
 
-    `forward` is the operator's known path for J w; `start` are vectors (m, j) that warm-start the randomized method;
-    `op` is the operator on the probe, where it has been made already.
+    `plan` is an earlier operator's on the same model and probe; `start` are vectors (m, j) that warm-start the
+    randomized method; `op` is the operator on the probe, where it has been made already.
     """
     began = time.perf_counter()
     if op is None:
-        op = NTKOperator(model, probe.inputs, params=settings.params, outputs=settings.outputs, dtype=settings.dtype)
-    if forward != "auto":
-        op.adopt(forward)
+        op = operator_for(model, probe, settings)
+    if plan is not None:
+        op.adopt(plan)
     instant = op.run(lambda: _measured(op, probe, loss, settings, grid, start))
     synchronise(op.device)
     instant.cost.update(seconds=time.perf_counter() - began, products=op.num_products)
     return instant, op
+
+
+def operator_for(model: nn.Module, probe: Probe, settings: Settings) -> NTKOperator:
+    """The operator on the probe that the settings ask for."""
+    return NTKOperator(
+        model,
+        probe.inputs,
+        params=settings.params,
+        outputs=settings.outputs,
+        dtype=settings.dtype,
+        memory_limit=settings.memory_limit,
+    )
 
 
 def _measured(
@@ -334,8 +347,8 @@ def _squared_gradient(op: NTKOperator, probe: Probe, loss: Loss) -> float:
 
 
 def _require_finite(op: NTKOperator) -> None:
-    bad = [name for name, p in op.function.parameters.items() if not bool(torch.isfinite(p).all())]
-    if bad:
+    if not bool(torch.stack([torch.isfinite(p).all() for p in op.function.parameters.values()]).all()):
+        bad = [name for name, p in op.function.parameters.items() if not bool(torch.isfinite(p).all())]
         raise BadState(f"parameters hold NaN or Inf: {', '.join(bad[:3])}{' ...' if len(bad) > 3 else ''}")
 
 

@@ -20,10 +20,11 @@ from grsd_callbacks.exponents import PowerLawFit
 from grsd_callbacks.guard import DisturbedTraining
 from grsd_callbacks.kernel import NTKOperator
 from grsd_callbacks.losses import Loss, calibrate, check_pair, resolve_loss
-from grsd_callbacks.measure import Instant, Settings, measure_with_operator
+from grsd_callbacks.measure import Instant, Settings, measure_with_operator, operator_for
 from grsd_callbacks.method import choose_by_cost
 from grsd_callbacks.optimizer import NO_STEP_SIZE, StepSize, step_size
 from grsd_callbacks.outlet import Outlet, first_line, remedy, warn
+from grsd_callbacks.plan import ProductPlan
 from grsd_callbacks.probe import Probe, plain_leaves, probe_from, restored
 from grsd_callbacks.report import start_report, summary_table
 from grsd_callbacks.run import Pending, Run
@@ -130,7 +131,7 @@ class ShellMonitor:
         self._last_step: int | None = None
         self._unwritten: int | None = None
         self._pending: Pending | None = None
-        self._forward = "auto"
+        self._plan: ProductPlan | None = None
         self._started: float | None = None
         self._measuring_since: float | None = None
         self._first_step = 0
@@ -153,7 +154,12 @@ class ShellMonitor:
     def _operator(self) -> NTKOperator:
         settings = self.settings
         return self.team.operator(
-            self.model, self.probe.inputs, params=settings.params, outputs=settings.outputs, dtype=settings.dtype
+            self.model,
+            self.probe.inputs,
+            params=settings.params,
+            outputs=settings.outputs,
+            dtype=settings.dtype,
+            memory_limit=settings.memory_limit,
         )
 
     def _prepare(self) -> None:
@@ -162,13 +168,7 @@ class ShellMonitor:
         self.settings = replace(self.settings, method=self.team.group.share(self._prepare_here))
 
     def _prepare_here(self) -> str:
-        op = NTKOperator(
-            self.model,
-            self.probe.inputs,
-            params=self.settings.params,
-            outputs=self.settings.outputs,
-            dtype=self.settings.dtype,
-        )
+        op = operator_for(self.model, self.probe, self.settings)
         outputs = op.outputs
         check_pair(self.loss, outputs, self.probe.targets)
         op.run(lambda: self.loss.evaluate(outputs, self.probe.targets))  # refuses what is no differentiable scalar
@@ -361,10 +361,18 @@ class ShellMonitor:
         return snapshot
 
     def _measured(self, op: NTKOperator) -> Instant:
-        run, settings = self.run, self.settings
-        return measure_with_operator(
-            self.model, self.probe, self.loss, settings, run.grid, forward=self._forward, start=run.last_vectors, op=op
-        )[0]
+        instant, _ = measure_with_operator(
+            self.model,
+            self.probe,
+            self.loss,
+            self.settings,
+            self.run.grid,
+            plan=self._plan,
+            start=self.run.last_vectors,
+            op=op,
+        )
+        self._plan = op.plan
+        return instant
 
     def _recorded(self, step: int, op: NTKOperator, instant: Instant) -> Snapshot:
         instant.cost["overhead_percent"] = 100 * self.overhead
@@ -395,7 +403,8 @@ class ShellMonitor:
         return pending.op.flatten([parameters[name].detach().to(copy) - copy.detach() for name, copy in copies])
 
     def _updated(self, pending: Pending, change: Any) -> Snapshot | None:
-        self._forward = pending.op.choose_forward(timed=False)
+        pending.op.choose_forward(timed=False)
+        self._plan = pending.op.plan
         return self.run.add_update(pending, change, self.run.size, transfer=self.transfer)
 
     def _written(self, done: Snapshot | None) -> Snapshot | None:
@@ -449,8 +458,8 @@ class ShellMonitor:
         self.new_segment("the measurement before this one failed")
         self.outlet.warn_once(
             type(error).__name__,
-            f"grsd: the measurement at step {step} failed{where} ({first_line(error)}).{unchanged} The next one is made "
-            f"as scheduled. {remedy(error)}",
+            f"grsd: the measurement at step {step} failed{where} ({first_line(error)}).{unchanged} The next one is "
+            f"made as scheduled. {remedy(error)}",
         )
         self.outlet.failed(step, self.num_failed)
 
@@ -478,7 +487,7 @@ class ShellMonitor:
     def _check_identity(self) -> None:
         identity = self._parameter_identity()
         if identity != self._identity:
-            self._identity = identity
+            self._identity, self._plan = identity, None
             self.new_segment("parameters were replaced, frozen or unfrozen between measurements")
 
     # -- checkpoints -------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +27,7 @@ from grsd_callbacks.gram import ROW_MEMORY, Gram
 from grsd_callbacks.gram.checks import TOTAL_TOLERANCE
 from grsd_callbacks.gram.division import partial_gram
 from grsd_callbacks.kernel import FORWARD_PATHS, NTKOperator
+from grsd_callbacks.plan import ProductPlan
 from grsd_callbacks.probe import take
 
 T = TypeVar("T")
@@ -73,14 +75,14 @@ class SharedOperator(NTKOperator):
         """The path for J w, chosen on rank zero's samples; the others follow."""
         assert self.local is not None
         path = self.local.choose_forward(timed=timed)
-        self.refused, self.adjoint_gap = self.local.refused, self.local.adjoint_gap
+        self.plan = self.local.plan
         return path
 
-    def adopt(self, path: str) -> None:
-        """Take a path for J w that has been checked on the same model before."""
-        super().adopt(path)
+    def adopt(self, plan: ProductPlan) -> None:
+        """Take what was found on the same model and probe before."""
+        super().adopt(plan)
         if self.local is not None:
-            self.local.adopt(path)
+            self.local.adopt(plan)
 
     def release(self) -> None:
         """Drop the retained graphs."""
@@ -90,16 +92,16 @@ class SharedOperator(NTKOperator):
 
     def vjp(self, V: Tensor) -> Tensor:
         """J^T V, on rank zero."""
-        return self._columns(_VJP, self._vectors(V, self.shape[0], "V"), 0.5)
+        return self._commanded(_VJP, self._vectors(V, self.shape[0], "V"), 0.5)
 
     def jvp(self, W: Tensor) -> Tensor:
         """J W, on rank zero."""
-        return self._columns(_JVP, self._vectors(W, self.num_parameters, "W"), 0.5)
+        return self._commanded(_JVP, self._vectors(W, self.num_parameters, "W"), 0.5)
 
     def __matmul__(self, V: Tensor) -> Tensor:
-        return self._columns(_PRODUCT, self._vectors(V, self.shape[0], "V"), 1.0)
+        return self._commanded(_PRODUCT, self._vectors(V, self.shape[0], "V"), 1.0)
 
-    def _columns(self, code: int, V: Tensor, products: float) -> Tensor:
+    def _commanded(self, code: int, V: Tensor, products: float) -> Tensor:
         path = 0 if code == _VJP else FORWARD_PATHS.index(self.choose_forward())
         columns = V.reshape(len(V), -1)
         width = max(1, VECTOR_MEMORY // (self.num_parameters * columns.element_size()))
@@ -206,7 +208,7 @@ class SharedOperator(NTKOperator):
 
     def _jvp_part(self, W: Tensor, path: int, m: int) -> Tensor:
         def part(op: NTKOperator) -> Tensor:
-            op.adopt(FORWARD_PATHS[path])
+            op.adopt(replace(op.plan, path=FORWARD_PATHS[path]))
             return op.jvp(W)
 
         return self._spread(m, part, W.shape[1])

@@ -10,9 +10,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "grsd_callbacks"
 
 LEVELS = {
-    0: {"distributed", "guard", "json_lines"},
+    0: {"distributed", "guard", "json_lines", "lean", "memory"},
     1: {"functional", "krylov", "layers", "losses", "optimizer", "probe"},
-    2: {"kernel", "gram"},
+    2: {"kernel", "gram", "paths", "plan"},
     3: {"method", "randomized", "spectrum", "team"},
     4: {"shells"},
     5: {"density", "flux", "transfer", "comparison", "exponents", "renormalizability"},
@@ -26,6 +26,9 @@ LEVELS = {
 LEVEL = {module: level for level, modules in LEVELS.items() for module in modules}
 SAME_LEVEL = {  # functional enters the guard of level 0; these pairs stand on one level
     ("kernel", "gram"),
+    ("kernel", "paths"),
+    ("kernel", "plan"),
+    ("plan", "paths"),
     ("comparison", "flux"),
     ("tags", "figures"),
     ("run", "measure"),

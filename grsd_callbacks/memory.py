@@ -1,0 +1,60 @@
+"""How much memory a computation may hold, what a graph holds, and when memory has run out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: bytes of retained graphs that products may hold by default, beside O(P + m) numbers per vector
+GRAPH_MEMORY = 2**30
+
+
+def graph_memory(device: torch.device) -> int:
+    """The default bound: `GRAPH_MEMORY`, or a quarter of what is free on the GPU if that is more."""
+    if device.type != "cuda":
+        return GRAPH_MEMORY
+    return max(GRAPH_MEMORY, torch.cuda.mem_get_info(device)[0] // 4)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, on any device."""
+    message = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in message or "can't allocate" in message
+
+
+class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes that graphs built inside it hold, each storage once.
+
+    Args:
+        known: tensors that exist anyway (parameters, buffers, inputs) and are not counted.
+
+    Attributes:
+        total: bytes so far.
+
+    Example:
+        >>> x = torch.ones(1000, requires_grad=True)
+        >>> with SavedBytes([x]) as saved:
+        ...     y = (x.exp() * 2).sum()  # exp keeps its result
+        >>> saved.total
+        4000
+    """
+
+    def __init__(self, known: Iterable[Any] = ()) -> None:
+        self.total = 0
+        self._held = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in known if isinstance(t, Tensor)}
+        super().__init__(self._pack, lambda tensor: tensor)
+
+    def __enter__(self) -> SavedBytes:  # type: ignore[override]
+        super().__enter__()
+        return self
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        if tensor.layout == torch.strided:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self._held:
+                self._held[storage.data_ptr()] = storage  # kept, so that no later tensor gets the same address
+                self.total += storage.nbytes()
+        return tensor

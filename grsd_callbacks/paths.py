@@ -1,0 +1,147 @@
+"""J^T v and J w of a model on some samples, from a graph that is kept: the ways there are.
+
+double_backward   J w = d/dz (w . J^T z), the exact transpose of the backward pass in use
+forward           `torch.func.jvp`, a forward pass with tangents
+central           (f(theta + h w) - f(theta - h w)) / 2h, where neither works
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grsd_callbacks.functional import ModelFunction
+from grsd_callbacks.lean import lean_derivatives
+from grsd_callbacks.losses import wide_dtype
+
+FORWARD_PATHS = ("double_backward", "forward", "central")
+
+
+class Products:
+    """J^T v and J w on a set of samples. Call everything inside `ModelFunction.run`.
+
+    Args:
+        function: the model as a function of its parameters.
+        inputs: the samples.
+        lean: build graphs with `lean_derivatives`.
+
+    The graph is built at the first use and kept until `release`. Memory: the graph, twice that once J w has been
+    computed by double backward.
+    """
+
+    def __init__(self, function: ModelFunction, inputs: Any, *, lean: bool = True) -> None:
+        self.function, self.inputs, self.lean = function, inputs, lean
+        self._outputs: Tensor | None = None
+        self._cotangent: Tensor | None = None
+        self._pulled: list[Tensor | None] = []
+
+    @property
+    def outputs(self) -> Tensor:
+        """f, differentiable in the copies of the parameters, shape (n, ...).
+
+        Raises:
+            ValueError: f does not depend on the parameters.
+        """
+        if self._outputs is None:
+            with lean_derivatives() if self.lean else nullcontext():
+                f = self.function.outputs(self.inputs)
+            if not f.requires_grad:
+                raise ValueError("outputs do not depend on the selected parameters (detached, or under no_grad?)")
+            self._outputs = f
+        return self._outputs
+
+    def release(self) -> None:
+        """Drop the graphs; the next product builds them again."""
+        self._outputs = self._cotangent = None
+        self._pulled = []
+
+    @property
+    def _leaves(self) -> list[Tensor]:
+        return list(self.function.parameters.values())
+
+    # -- J^T v -------------------------------------------------------------------------------------------
+
+    def vjp(self, v: Tensor, *, batched: bool = False) -> list[Tensor | None]:
+        """J^T v by parameter (None: no gradient), from v of shape (rows,); batched: from (k, rows), k first."""
+        f = self.outputs
+        v = v.reshape(*v.shape[:1], *f.shape) if batched else v.view_as(f)
+        grads = torch.autograd.grad(f, self._leaves, v, retain_graph=True, allow_unused=True, is_grads_batched=batched)
+        return [dense(g) for g in grads]
+
+    # -- J w ---------------------------------------------------------------------------------------------
+
+    def jvp(self, path: str, tangents: Sequence[Tensor]) -> Tensor:
+        """J w, shape (rows,), from one tangent per parameter."""
+        way = {"double_backward": self._double, "forward": self._forward, "central": self._central}[path]
+        return way(tangents).detach().reshape(-1)
+
+    def jvp_batched(self, tangents: Sequence[Tensor]) -> Tensor:
+        """J w of k tangents by double backward, k first, shape (k, rows)."""
+        return self._double(tangents, batched=True).detach().flatten(1)
+
+    def pull(self) -> list[Tensor | None]:
+        """J^T z as a differentiable function of z."""
+        if self._cotangent is None:
+            z = torch.zeros_like(self.outputs, requires_grad=True)
+            pulled = torch.autograd.grad(self.outputs, self._leaves, z, create_graph=True, allow_unused=True)
+            self._cotangent, self._pulled = z, list(pulled)
+        return self._pulled
+
+    def _double(self, tangents: Sequence[Tensor], *, batched: bool = False) -> Tensor:
+        pairs = [(g, w) for g, w in zip(self.pull(), tangents, strict=True) if g is not None and g.requires_grad]
+        assert self._cotangent is not None
+        if not pairs:
+            lead = tangents[0].shape[:1] if batched else ()
+            return torch.zeros((*lead, *self.outputs.shape), dtype=self.outputs.dtype, device=self.outputs.device)
+        (product,) = torch.autograd.grad(
+            [g for g, _ in pairs],
+            self._cotangent,
+            [w for _, w in pairs],
+            retain_graph=True,
+            is_grads_batched=batched,
+        )
+        return product
+
+    def _forward(self, tangents: Sequence[Tensor]) -> Tensor:
+        names = list(self.function.parameters)
+
+        def f(*values: Tensor) -> Tensor:
+            return self.function.outputs(self.inputs, dict(zip(names, values, strict=True)))
+
+        primals = tuple(p.detach() for p in self._leaves)
+        with warnings.catch_warnings():  # torch's first forward-mode call warns of its own use of torch.jit
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return torch.func.jvp(f, primals, tuple(tangents))[1]
+
+    def _central(self, tangents: Sequence[Tensor]) -> Tensor:
+        """On float64 copies where the model runs in float64."""
+        size = float(torch.stack([t.norm() for t in tangents]).norm())
+        scale = float(torch.stack([p.detach().norm() for p in self._leaves]).norm())
+        if size == 0.0:
+            return torch.zeros_like(self.outputs)
+        relative = max(scale, 1e-3) / size
+        own = self.function.dtype
+        try:
+            return self._difference(tangents, 1e-5 * relative, wide_dtype(self.function.device))
+        except (RuntimeError, ValueError):  # casts of its own inside the model
+            return self._difference(tangents, torch.finfo(own).eps ** (1 / 3) * relative, own)
+
+    def _difference(self, tangents: Sequence[Tensor], h: float, dtype: torch.dtype) -> Tensor:
+        velocity = dict(zip(self.function.parameters, tangents, strict=True))
+        ends = []
+        with torch.no_grad():
+            for shift in (h, -h):
+                function = self.function.moved(velocity, shift, dtype=dtype)
+                ends.append(function.run(partial(function.outputs, self.inputs)).detach())
+        return ((ends[0] - ends[1]) / (2 * h)).to(self.function.dtype)
+
+
+def dense(gradient: Tensor | None) -> Tensor | None:
+    """A gradient without sparse layout."""
+    return gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
