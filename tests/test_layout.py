@@ -15,7 +15,7 @@ LEVELS = {
     2: {"kernel", "gram"},
     3: {"method", "randomized", "spectrum"},
     4: {"shells"},
-    5: {"density", "flux", "transfer", "comparison", "exponents", "renormalizability"},
+    5: {"density", "flux", "transfer", "comparison", "drift", "exponents", "position", "renormalizability"},
     6: {"snapshot", "measure", "emission", "trajectory", "run"},
     7: {"tags", "figures", "report"},
     8: {"sinks"},
@@ -27,6 +27,7 @@ LEVEL = {module: level for level, modules in LEVELS.items() for module in module
 SAME_LEVEL = {  # functional enters the guard of level 0; these pairs stand on one level
     ("kernel", "gram"),
     ("comparison", "flux"),
+    ("drift", "flux"),
     ("tags", "figures"),
     ("run", "measure"),
     ("run", "snapshot"),
