@@ -94,11 +94,12 @@ class Outlet:
         return self._attempt(lambda: self._write(Emission(step=step, scalars={tags.FAILED: float(num_failed)})))
 
     def summary(self, history: Sequence[Snapshot], fits: Mapping[str, PowerLawFit]) -> bool:
-        """Write the table of the run, and flush."""
+        """Write the table of the run and its final exponents, and flush."""
 
         def write() -> None:
             table = tags.preformatted(summary_table(history, fits))
-            self._write(Emission(step=history[-1].step, texts={tags.SUMMARY: table}))
+            scalars = tags.final_scalars(fits)
+            self._write(Emission(step=history[-1].step, scalars=scalars, texts={tags.SUMMARY: table}))
             self.sinks.flush()
 
         return self._attempt(write)

@@ -10,12 +10,30 @@ from grsd_callbacks.kernel import NTKOperator
 from grsd_callbacks.losses import Loss
 from grsd_callbacks.measure import Settings, choose_method
 from grsd_callbacks.snapshot import Snapshot
+from grsd_callbacks.trajectory import exponent_closures
 
 EXPONENT_NAMES = {
-    "a": "spectrum  lambda_i ~ i^-a",
+    "a_start": "spectrum  lambda_i ~ i^-a at the start",
+    "a": "spectrum  lambda_i ~ i^-a at the end",
+    "count": "spectrum  N ~ lambda^-n at the end",
     "q": "energy    E ~ lambda^q at the start",
     "chi": "loss      L ~ t^-chi",
-    "rho": "frontier  lambda* ~ t^-rho, frozen basis",
+    "chi_tail": "loss      L + tail beyond the probe ~ t^-chi",
+    "chi_local": "loss      over the last decade",
+    "rho": "frontier  energy median ~ t^-rho, frozen",
+    "rho_contour": "frontier  progress 1/2 ~ t^-rho, frozen",
+    "rho_local": "frontier  progress 1/2, last decade",
+    "densing": "modes     k* above the frontier ~ t^densing",
+    "b": "velocity  v ~ lambda^b t^p",
+    "p": "velocity  v ~ lambda^b t^p",
+}
+#: shown even where they were refused
+ALWAYS = ("a", "q", "chi", "rho", "rho_contour")
+CLOSURE_NAMES = {
+    "chi_minus_rho_q": "chi - rho q",
+    "count_slope": "n - 1/a",
+    "densing": "densing - rho/a",
+    "covariance": "p - (b - 2)",
 }
 
 
@@ -57,7 +75,7 @@ def summary_table(history: Sequence[Snapshot], fits: Mapping[str, PowerLawFit]) 
         "",
         *_exponent_lines(fits),
         "",
-        *_closure_lines(history),
+        *_closure_lines(history, fits),
         "",
         f"cost: {len(history)} measurements, {last.cost.get('overhead_percent', math.nan):.2g} % of the training time",
     ]
@@ -99,32 +117,33 @@ def _exponent_lines(fits: Mapping[str, PowerLawFit]) -> list[str]:
     lines = ["exponents, 95 % intervals"]
     for name, meaning in EXPONENT_NAMES.items():
         fit = fits.get(name)
-        if fit is None:
-            lines.append(f"  {name:>4}  {meaning:42} not available (eigenvalues are not known by this method)")
-        elif fit.refused:
-            lines.append(f"  {name:>4}  {meaning:42} refused: {fit.reason}")
-        else:
-            value = f"{fit.exponent:.3f} [{fit.lower:.3f}, {fit.upper:.3f}]"
-            lines.append(
-                f"  {name:>4}  {meaning:42} {value:26} {fit.num_decades:.1f} decades, "
-                f"{fit.num_points} points, {fit.verdict.replace('_', ' ')}"
-            )
+        start = f"  {name:>11}  {meaning:45}"
+        if fit is None or fit.refused:
+            if name in ALWAYS:
+                why = "not available (eigenvalues are not known by this method)" if fit is None else fit.reason
+                lines.append(f"{start} {'' if fit is None else 'refused: '}{why}")
+            continue
+        value = f"{fit.exponent:.3f} [{fit.lower:.3f}, {fit.upper:.3f}]"
+        verdict = "" if fit.reason == "shapes were not compared" else f", {fit.verdict.replace('_', ' ')}"
+        lines.append(f"{start} {value:26} {fit.num_decades:.1f} decades, {fit.num_points} points{verdict}")
     return lines
 
 
-def _closure_lines(history: Sequence[Snapshot]) -> list[str]:
+def _closure_lines(history: Sequence[Snapshot], fits: Mapping[str, PowerLawFit]) -> list[str]:
     def worst(name: str) -> str:
         values = [abs(s.closures[name]) for s in history if math.isfinite(s.closures.get(name, math.nan))]
         return f"{max(values):.1e}" if values else "-"
 
-    last = history[-1].closures
-    chi = last.get("chi_minus_rho_q", math.nan)
-    return [
+    lines = [
         "closures, largest over the run",
         f"  sum E = L {worst('energy')}    sum D = |grad L|^2 {worst('dissipation')}    "
         f"sum transport = 0 {worst('transport')}",
-        f"  chi - rho q = {chi:.3f} [{last.get('chi_minus_rho_q_lower', math.nan):.3f}, "
-        f"{last.get('chi_minus_rho_q_upper', math.nan):.3f}]"
-        if math.isfinite(chi)
-        else "  chi - rho q: an exponent is missing",
     ]
+    for name, found in exponent_closures(fits).items():
+        if math.isfinite(found.lower):
+            holds = "holds" if found.holds else "broken"
+            value = f"{found.value:.3f} [{found.lower:.3f}, {found.upper:.3f}]"
+            lines.append(f"  {CLOSURE_NAMES[name]:>15} = {value:26} {holds}")
+        elif name == "chi_minus_rho_q":
+            lines.append(f"  {CLOSURE_NAMES[name]:>15}: an exponent is missing")
+    return lines

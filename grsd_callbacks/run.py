@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from grsd_callbacks.comparison import estimated_comparison, frozen_kernel_share, kernel_comparison
-from grsd_callbacks.exponents import PowerLawFit, fit_energy, fit_spectrum
+from grsd_callbacks.drift import spectral_velocity
+from grsd_callbacks.exponents import PowerLawFit
 from grsd_callbacks.flux import KernelState, ShellFlux, four_corner_flux, no_flux
 from grsd_callbacks.kernel import NTKOperator
 from grsd_callbacks.measure import Instant
 from grsd_callbacks.optimizer import NO_STEP_SIZE, StepSize
+from grsd_callbacks.position import spectral_position, spectral_reach
 from grsd_callbacks.shells import ShellGrid
 from grsd_callbacks.snapshot import Snapshot
-from grsd_callbacks.trajectory import Trajectory, exponent_closures, exponents_at
+from grsd_callbacks.trajectory import Trajectory, exponent_closures, exponents_at, flat, frozen_start, spectrum_fits
 from grsd_callbacks.transfer import ShellTransfer, kernel_velocity, kink_gap, shell_transfer
 
 #: vectors on which the two ways to the kernel's velocity are compared at the start of a run
@@ -83,11 +85,11 @@ class Run:
 
     def add(self, step: int, instant: Instant, energy_is_loss: bool) -> Snapshot:
         """The snapshot of a measurement, appended to the history; what fails leaves the run as it was."""
-        is_first, num = self.frozen is None, len(self.trajectory.flow_time)
+        is_first, kept = self.frozen is None, self.trajectory.copy()
         try:
             return self._add(step, instant, energy_is_loss)
         except BaseException:
-            self.trajectory.cut(num)
+            self.trajectory = kept
             if is_first:
                 self.grid = self.frozen = self.frozen_images = None
             raise
@@ -98,9 +100,12 @@ class Run:
             self.grid, self.frozen, self.frozen_images = grid, instant.state, instant.images
         frozen_energy, frozen_coverage = self.frozen.energies(instant.state.residual, grid)
         instant.health["frozen_coverage"] = frozen_coverage
-        self.trajectory.append(self.flow_time, instant.loss, grid.edges, frozen_energy, frozen_coverage)
-        fits = exponents_at(self.trajectory, instant.eigenvalues if instant.weights is None else None, budget)
+        self._start(instant, frozen_energy)
+        self.trajectory.append(self.flow_time, instant.loss, frozen_energy, frozen_coverage)
         flux = self._flux(instant)
+        self._add_velocity(instant)
+        eigenvalues = instant.eigenvalues if instant.weights is None else None
+        fits = exponents_at(self.trajectory, eigenvalues, budget, floor=instant.summary["floor"])
         nan = torch.full((grid.num_shells,), math.nan, dtype=torch.float64)
         snapshot = Snapshot(
             step=step,
@@ -140,6 +145,27 @@ class Run:
         self.steps_since = 0
         return snapshot
 
+    def _start(self, instant: Instant, frozen_energy: Tensor) -> None:
+        """Keep of the first measurement what exponents need."""
+        if self.trajectory.frozen is None:
+            state = instant.state
+            self.trajectory.frozen = frozen_start(
+                instant.budget,
+                frozen_energy,
+                state.eigenvalues,
+                (state.vectors.T @ state.residual.to(state.vectors)) ** 2,
+                exact=instant.weights is None,
+                floor=instant.summary["floor"],
+            )
+
+    def _add_velocity(self, instant: Instant) -> None:
+        """Spectral velocities since the measurement before."""
+        if self._previous is not None and self.flow_time > self._previous[0].flow_time:
+            before, state = self._previous
+            dt = self.flow_time - before.flow_time
+            velocity = spectral_velocity(state, instant.state, instant.budget.grid, dt)
+            self.trajectory.append_velocity(before.flow_time, self.flow_time, velocity)
+
     def _flux(self, instant: Instant) -> ShellFlux:
         if self._previous is None:
             return no_flux(instant.budget.grid, self._break)
@@ -158,7 +184,12 @@ class Run:
             summary.update(estimated_comparison(instant.images, self.frozen_images))
         elif self.frozen is not None:
             summary.update(kernel_comparison(instant.state, self.frozen))
-        return summary
+        exact = instant.eigenvalues if instant.weights is None else None
+        mean = summary["trace"] / instant.state.residual.numel()
+        position = spectral_position(summary["mean_eigenvalue"], summary["lambda_max"], mean, instant.budget, exact)
+        before = self.history[-1].summary if self.history else {}
+        summary["resolved_modes"] = self.trajectory.resolved_modes
+        return {**summary, **position, **spectral_reach(position, before)}
 
     def _closures(
         self, instant: Instant, flux: ShellFlux, fits: dict[str, PowerLawFit], energy_is_loss: bool
@@ -173,8 +204,8 @@ class Run:
             before = self._previous[0]
             mean = (float(before.dissipation.sum()) + float(budget.dissipation.sum())) / 2
             closures["budget"] = (before.loss - instant.loss) / flux.dt / mean if mean > 0 else math.nan
-        source = self.history[0].exponents["q"] if self.history else fits["q"]
-        return {**closures, **exponent_closures(source, fits["chi"], fits["rho"])}
+        source = self.trajectory.frozen.source if self.trajectory.frozen is not None else fits["q"]
+        return {**closures, **flat(exponent_closures({**fits, "q": source}))}
 
     def _health(self, instant: Instant, flux: ShellFlux) -> dict[str, float]:
         budget = instant.budget
@@ -188,6 +219,7 @@ class Run:
             "unresolved_energy": float(budget.energy[~budget.resolved].sum()) / total if total > 0 else 0.0,
             "coverage": flux.coverage,
             "estimated_regime": float(instant.images is not None),
+            "estimated_position": float(instant.weights is not None),
         }
 
     # -- the optimizer step after a measurement ----------------------------------------------------------
@@ -256,18 +288,13 @@ class Run:
         )
 
     def final_exponents(self) -> dict[str, PowerLawFit]:
-        """Exponents over the whole run with verdicts: q of the first measurement, a of the last, chi and rho."""
-        if not self.history:
+        """Exponents over the whole run with verdicts: q of the first measurement, a and n of the last."""
+        if not self.history or self.trajectory.frozen is None:
             return {}
-        first, last = self.history[0], self.history[-1]
-        counts = None if bool(first.counts.isnan().any()) else first.counts.numpy()
-        fits = {
-            "q": fit_energy(first.edges.numpy(), first.energy.numpy(), counts, first.resolved.numpy()),
-            "chi": self.trajectory.chi(),
-            "rho": self.trajectory.rho(),
-        }
+        last = self.history[-1]
+        fits = {"q": self.trajectory.frozen.source, **self.trajectory.fits()}
         if last.weights is None:
-            fits["a"] = fit_spectrum(last.eigenvalues.numpy())
+            fits.update(spectrum_fits(last.eigenvalues, last.edges, last.counts, last.resolved, compare=True))
         return fits
 
     # -- checkpoints -------------------------------------------------------------------------------------

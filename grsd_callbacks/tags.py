@@ -6,15 +6,17 @@ Shell curves are `grsd_shell_energy/<shell>` with the labels of `ShellGrid.names
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from grsd_callbacks.emission import Emission, Histogram
+from grsd_callbacks.exponents import PowerLawFit
 from grsd_callbacks.figures import FIGURES
 from grsd_callbacks.snapshot import Snapshot
+from grsd_callbacks.trajectory import exponent_closures, flat
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,32 @@ _EXPONENTS = {
     "a": "spectrum decay, lambda_i ~ i^-a",
     "q": "energy over scales, E_a ~ lambda^q, on shells not yet decayed",
     "chi": "loss decay, L ~ t^-chi in flow time",
-    "rho": "frontier, energy median in the frozen first basis falls as t^-rho",
+    "chi_tail": "loss decay with the energy of modes beyond the probe added, after the law of q (exact method)",
+    "chi_local": "loss decay over the last decade of flow time",
+    "rho": "frontier, energy median in the frozen first basis (with that energy below it) falls as t^-rho",
+    "rho_contour": "frontier, lambda where modes of the frozen first basis have made the progress 1/2, falls as t^-rho",
+    "rho_local": "rho_contour over the last decade of flow time",
+    "count": "eigenvalues per shell, N_a ~ lambda^-n: 1/a for a power law",
+    "densing": "modes of the first basis above the frontier (rho_contour), k* ~ t^densing: rho/a",
+    "b": "spectral velocity |v| ~ lambda^b t^p of the energy through shell edges: exponent of lambda",
+    "p": "spectral velocity |v| ~ lambda^b t^p of the energy through shell edges: exponent of flow time",
 }
+_CLOSURES = {
+    "chi_minus_rho_q": "chi - rho q, q of the first measurement (chi_tail, rho_contour where known): 0 in a power law",
+    "count_slope": "n - 1/a: 0 where the spectrum is a power law",
+    "densing": "exponent of k* less rho/a, a of the first measurement: 0 in a power law",
+    "covariance": "p - (b - 2): 0 under time-rescaling covariance",
+}
+
+
+def _closure_tags() -> dict[str, Tag]:
+    ends = {"": "", "_lower": "lower end of the 95 % interval of ", "_upper": "upper end of the 95 % interval of "}
+    return {
+        f"grsd_closure/{name}{end}": Tag("1", (text + name) if text else meaning, _from("closures", f"{name}{end}"))
+        for name, meaning in _CLOSURES.items()
+        for end, text in ends.items()
+    }
+
 
 TAGS: dict[str, Tag] = {
     "grsd_loss/probe": Tag("loss", "L on the probe", lambda s: s.loss),
@@ -74,6 +100,24 @@ TAGS: dict[str, Tag] = {
         "1 / flow time",
         "dissipation-weighted mean eigenvalue r^T M^2 r / r^T M r: the scale that is learning now (not rho)",
         _from("summary", "mean_eigenvalue"),
+    ),
+    "grsd_position/relative": Tag(
+        "1", "spectral position: mean_eigenvalue / lambda_max", _from("summary", "position_relative")
+    ),
+    "grsd_position/to_mean": Tag(
+        "1", "spectral position: mean_eigenvalue / (tr M / m)", _from("summary", "position_to_mean")
+    ),
+    "grsd_position/rank": Tag(
+        "count", "spectral position: number of eigenvalues above mean_eigenvalue", _from("summary", "position_rank")
+    ),
+    "grsd_position/reach": Tag(
+        "1", "spectral reach: smallest grsd_position/relative so far", _from("summary", "reach_relative")
+    ),
+    "grsd_position/reach_rank": Tag(
+        "count", "spectral reach: largest grsd_position/rank so far", _from("summary", "reach_rank")
+    ),
+    "grsd_position/resolved_modes": Tag(
+        "count", "k*, modes of the first basis above the frontier rho_contour", _from("summary", "resolved_modes")
     ),
     "grsd_regime/transport_ratio": Tag(
         "1", "sum |J_b| / sum D_a over the interval: 0 is lazy", _from("summary", "transport_ratio")
@@ -122,15 +166,7 @@ TAGS: dict[str, Tag] = {
         "|grad L|^2 dt / work of the actual step: 1 if the probe is what is trained on, full batch, in flow time",
         _from("closures", "probe"),
     ),
-    "grsd_closure/chi_minus_rho_q": Tag(
-        "1", "chi - rho q, q of the first measurement: 0 where the law holds", _from("closures", "chi_minus_rho_q")
-    ),
-    "grsd_closure/chi_minus_rho_q_lower": Tag(
-        "1", "lower end of its 95 % interval", _from("closures", "chi_minus_rho_q_lower")
-    ),
-    "grsd_closure/chi_minus_rho_q_upper": Tag(
-        "1", "upper end of its 95 % interval", _from("closures", "chi_minus_rho_q_upper")
-    ),
+    **_closure_tags(),
     "grsd_transfer/rotation_share": Tag(
         "1",
         "sum |rotation flux| / (sum |rotation flux| + sum |drift flux|), instantaneous",
@@ -176,6 +212,11 @@ TAGS: dict[str, Tag] = {
         "about (2 / effective rank)^(1/2), the CKA distance within a factor of 3 (not exact method)",
         _from("health", "estimated_regime"),
     ),
+    "grsd_health/estimated_position": Tag(
+        "flag",
+        "1 if the position's lambda_max, tr M and rank are estimates (not exact method; mean_eigenvalue is exact)",
+        _from("health", "estimated_position"),
+    ),
     "grsd_health/frozen_coverage": Tag(
         "1",
         "share of |r|^2 that the frozen first basis holds (1 when exact); below 0.9 there is no frontier",
@@ -206,6 +247,8 @@ FAILED = "grsd_health/failed"
 #: curves that follow the optimizer step after a measurement
 WORK = "grsd_work"
 SHELL_ENERGY = "grsd_shell_energy"
+#: exponents and closures of the whole run, once at its end
+FINAL = "grsd_final"
 
 HISTOGRAMS = {
     "grsd_histograms/count": ("log10 lambda", "eigenvalues of M per shell"),
@@ -220,6 +263,11 @@ TEMPLATES = {
     ),
     f"{WORK}/effective_lr": ("1", "sum W_a / (lr sum D_a): 1 for full-batch gradient descent on the probe"),
     FAILED: ("count", "measurements that could not be made, or not be written in full, so far"),
+    f"{FINAL}/<exponent>": (
+        "1",
+        "at the end, over the whole run: each exponent above, a_start (a of the first measurement) and "
+        "closure_<closure>, with `_lower` and `_upper`, the ends of the 95 % interval",
+    ),
 }
 
 
@@ -243,6 +291,18 @@ def update_scalars(snapshot: Snapshot) -> dict[str, float]:
         "grsd_closure/probe": snapshot.closures.get("probe", math.nan),
         **{tag: TAGS[tag].value(snapshot) for tag in TRANSFER_TAGS},
     }
+    return {tag: value for tag, value in values.items() if math.isfinite(value)}
+
+
+def final_scalars(fits: Mapping[str, PowerLawFit]) -> dict[str, float]:
+    """Exponents of the whole run and the closures between them, each with both ends of its interval."""
+    values = {
+        f"{FINAL}/{name}{end}": value
+        for name, fit in fits.items()
+        for end, value in (("", fit.exponent), ("_lower", fit.lower), ("_upper", fit.upper))
+    }
+    for name, value in flat(exponent_closures(fits)).items():
+        values[f"{FINAL}/closure_{name}"] = value
     return {tag: value for tag, value in values.items() if math.isfinite(value)}
 
 

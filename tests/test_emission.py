@@ -24,14 +24,19 @@ GOLDEN = {
     "grsd_bands/a_upper": ALL,
     "grsd_bands/q_lower": ALL,
     "grsd_bands/q_upper": ALL,
+    "grsd_bands/count_lower": [4],
+    "grsd_bands/count_upper": [4],
     "grsd_closure/budget": LATER,
     "grsd_closure/dissipation": ALL,
     "grsd_closure/energy": ALL,
     "grsd_closure/probe": STEPS,
     "grsd_closure/transport": LATER,
     "grsd_exponents/a": ALL,
+    "grsd_exponents/count": [4],
     "grsd_exponents/q": ALL,
+    **{f"grsd_final/{name}{end}": [4] for name in ("a", "a_start", "count", "q") for end in ("", "_lower", "_upper")},
     "grsd_health/coverage": LATER,
+    "grsd_health/estimated_position": ALL,
     "grsd_health/estimated_regime": ALL,
     "grsd_health/failed": ALL,
     "grsd_health/frozen_coverage": ALL,
@@ -44,6 +49,12 @@ GOLDEN = {
     "grsd_health/unstable": ALL,
     "grsd_loss/grad_norm_sq": ALL,
     "grsd_loss/probe": ALL,
+    "grsd_position/rank": ALL,
+    "grsd_position/reach": ALL,
+    "grsd_position/reach_rank": ALL,
+    "grsd_position/relative": ALL,
+    "grsd_position/resolved_modes": LATER,
+    "grsd_position/to_mean": ALL,
     "grsd_regime/cka_distance": ALL,
     "grsd_regime/frozen_kernel_share": LATER,
     "grsd_regime/kernel_drift": ALL,
@@ -132,7 +143,8 @@ def test_golden_list_of_texts_histograms_and_figures(run):
 def test_every_tag_is_explained(run):
     card = tags.meaning_card()
     for tag in [*GOLDEN, *HISTOGRAMS, *FIGURES]:
-        assert f"`{re.sub('/s[0-9]+$', '/<shell>', tag)}`" in card
+        general = re.sub("^grsd_final/.*", "grsd_final/<exponent>", re.sub("/s[0-9]+$", "/<shell>", tag))
+        assert f"`{general}`" in card
     text = run[3].Tensors("grsd_run/meaning/text_summary")[0].tensor_proto.string_val[0].decode()
     assert text == card
 

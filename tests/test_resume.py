@@ -105,8 +105,13 @@ def test_exponents_go_on_with_the_whole_series(tmp_path, whole):
     uninterrupted, folder = whole
     resumed = callback()
     run(tmp_path, resumed, checkpoint_path(folder, "at-step=8"))
-    series = [repr(c.monitor.run.trajectory.state_dict()) for c in (uninterrupted, resumed)]
-    assert series[0] == series[1]
+    series = [c.monitor.run.trajectory.state_dict() for c in (uninterrupted, resumed)]
+    times = [state.pop("velocity_time") for state in series]
+    velocities = [state.pop("velocity") for state in series]
+    assert repr(series[0]) == repr(series[1])
+    missing = [k for k, t in enumerate(times[0]) if t not in times[1]]
+    assert len(missing) == 1  # what happened between the last measurement and the first after the resume is not known
+    assert repr([v for k, v in enumerate(velocities[0]) if k not in missing]) == repr(velocities[1])
     assert resumed.history[-1].exponents["chi"].num_points == len(MEASURED) - 1  # all but t = 0
 
 

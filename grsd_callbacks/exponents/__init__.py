@@ -8,20 +8,24 @@ reason.
 | is y a power of x? | `fit_power_law` | slope (negative for decay) |
 | how fast does the spectrum fall? | `fit_spectrum` | a of `lambda_i ~ i^-a`, positive |
 | how heavy is the tail of its density? | `fit_tail` | alpha of `p ~ lambda^-alpha`, positive |
+| how many eigenvalues does a shell hold? | `fit_counts` | n of `N_a ~ lambda^-n`, positive |
 | how is energy spread over scales? | `fit_energy` | q of `E_a ~ lambda^q` |
-| how fast does the loss fall? | `fit_loss` | chi of `L ~ t^-chi`, positive |
-| where is the frontier? | `frontier`, `progress_contour` | (a lambda) |
+| how fast does the loss fall? | `fit_loss`, `local_slope` | chi of `L ~ t^-chi`, positive (local slope: negative) |
+| what does a finite probe hide? | `energy_tail`, `finite_size_bias`, `unbiased_scale` | |
+| where is the frontier? | `frontier`, `progress_contour`, `shell_labels`, `resolved_modes` | (a lambda, a number) |
 | how fast does it move? | `elasticity` | rho of `lambda* ~ t^-rho`, positive |
 | how do modes drift? | `velocity_exponents` | b, p of `v = c lambda^b t^p` |
 | is there a floor? | `fit_scaling_law` | alpha of `A x^-alpha + floor`, positive |
 | do they fit together? | `closure`, `combine` | (a difference) |
 """
 
-from .dynamics import elasticity, fit_loss, frontier, progress_contour
+from .dynamics import elasticity, fit_loss, local_slope
+from .finite_size import energy_tail, finite_size_bias, unbiased_scale
+from .frozen import frontier, progress_contour, resolved_modes, shell_labels
 from .powerlaw import fit_power_law
 from .records import Closure, Estimate, PowerLawFit, VelocityExponents
 from .scaling import closure, combine, fit_scaling_law
-from .spectrum import fit_energy, fit_spectrum
+from .spectrum import fit_counts, fit_energy, fit_spectrum
 from .tail import fit_tail
 from .velocity import velocity_exponents
 
@@ -33,6 +37,9 @@ __all__ = [
     "closure",
     "combine",
     "elasticity",
+    "energy_tail",
+    "finite_size_bias",
+    "fit_counts",
     "fit_energy",
     "fit_loss",
     "fit_power_law",
@@ -40,6 +47,10 @@ __all__ = [
     "fit_spectrum",
     "fit_tail",
     "frontier",
+    "local_slope",
     "progress_contour",
+    "resolved_modes",
+    "shell_labels",
+    "unbiased_scale",
     "velocity_exponents",
 ]

@@ -105,6 +105,15 @@ def shell_edges(edges) -> np.ndarray:
     return edges
 
 
+def uniform_edges(edges) -> np.ndarray:
+    """`shell_edges` of equal width in log lambda."""
+    edges = shell_edges(edges)
+    widths = np.diff(np.log(edges))
+    if not np.allclose(widths, widths.mean(), rtol=1e-3):
+        raise ValueError("edges must be uniform in log lambda: shell contents are power laws for equal widths only")
+    return edges
+
+
 def shell_values(name: str, values, edges: np.ndarray, *, batch: bool = False) -> np.ndarray:
     """Shell arrays [underflow, inner shells..., overflow]: len(edges) + 1 entries along the last axis."""
     try:

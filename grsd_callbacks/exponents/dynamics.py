@@ -1,15 +1,15 @@
-"""How do loss, frontier and energy move in flow time? chi, rho, and the exponents of the spectral velocity.
-
-Shell arrays are [underflow, inner shells..., overflow]: len(edges) + 1 entries.
-"""
+"""How do loss and frontier move in flow time? chi, rho, and their local values."""
 
 from __future__ import annotations
+
+import math
+from dataclasses import replace
 
 import numpy as np
 
 from . import checks
 from .powerlaw import fit_power_law
-from .records import PowerLawFit, negated
+from .records import Estimate, PowerLawFit, negated
 
 
 def fit_loss(
@@ -17,6 +17,7 @@ def fit_loss(
     loss,
     *,
     loss_error=None,
+    tail: float | Estimate = 0.0,
     window=None,
     num_per_decade: int = 20,
     confidence: float = 0.95,
@@ -36,6 +37,8 @@ def fit_loss(
         flow_time: shape (n,), sum of learning rates, not negative; t = 0 is masked.
         loss: shape (n,), on the probe or the training set, any unit.
         loss_error: shape (n,), standard errors, or None.
+        tail: added to the loss, its unit: energy of modes that the probe does not hold (`energy_tail`). As an
+            `Estimate` it widens the interval by what its own ends do to chi.
         window: None, a pair (low, high) in flow time, or "search"; see `fit_power_law`.
         num_per_decade: bins in a decade of flow time.
         confidence: see `fit_power_law`, as for the remaining arguments.
@@ -53,10 +56,10 @@ def fit_loss(
         ValueError: arrays that do not match, negative flow time, options outside their range.
         TypeError: arguments of the wrong kind.
 
-    Cost: one `fit_power_law`.
+    Cost: one `fit_power_law`; with an uncertain tail two more fits without intervals.
 
     Accuracy: exact for an exact power law. Finite spectra steepen: the relative bias of chi at time t is about
-        `(2 lambda_min t)^q / Gamma(1 + q)`; keep the window where it is small.
+        `(2 lambda_min t)^q / Gamma(1 + q)` (`finite_size_bias`); keep the window where it is small, or add the tail.
 
     Source: lazy value chi = q: THEORY of this package, after arXiv:2511.07892.
 
@@ -73,122 +76,41 @@ def fit_loss(
     if not np.isfinite(flow_time).all() or (flow_time < 0).any():
         raise ValueError("flow_time must be finite and not negative")
     window = checks.declared_window(window)
+    tail = tail if isinstance(tail, Estimate) else Estimate(tail, tail, tail)
+    for part in (tail.value, tail.lower, tail.upper):
+        checks.real("tail", part, above=0.0, closed=True)
     if loss_error is None:
         if isinstance(window, tuple):  # a bin must not reach over the end of the window
             low, high = window
             keep = (flow_time >= low * (1 - 1e-12)) & (flow_time <= high * (1 + 1e-12))
             flow_time, loss, window = flow_time[keep], loss[keep], None
         flow_time, loss = checks.binned(flow_time, loss, num_per_decade)
-    return negated(
-        fit_power_law(
-            flow_time, loss, y_error=loss_error, window=window, confidence=confidence, bootstrap=bootstrap,
-            num_bootstrap=num_bootstrap, min_points=min_points, min_decades=min_decades, compare=compare, seed=seed,
-        )
-    )  # fmt: skip
+
+    def fitted(tail: float, **more) -> PowerLawFit:
+        options = {"window": window, "compare": compare, "num_bootstrap": num_bootstrap, **more}
+        return negated(
+            fit_power_law(
+                flow_time, np.where(loss > 0, loss + tail, loss), y_error=loss_error, confidence=confidence,
+                bootstrap=bootstrap, min_points=min_points, min_decades=min_decades, seed=seed, **options,
+            )
+        )  # fmt: skip
+
+    fit = fitted(tail.value)
+    if fit.refused or not tail.upper > 0:
+        return fit
+    shifts = [fitted(end, window=fit.window, compare=False).exponent for end in (tail.lower, tail.upper)]
+    return _widened(fit, [shift - fit.exponent for shift in shifts], {"tail": tail.value})
 
 
-def frontier(edges, energy, *, quantile: float = 0.5) -> np.ndarray:
-    """Frontier lambda*: below it lies the share `quantile` of all energy that is left.
-
-    Energy is summed from the **bottom** (small lambda) upwards and interpolated linearly in log lambda within the
-    shell that holds the quantile. Modes with large lambda are learned first, so the frontier falls with time, as
-    `t^-rho` in a frozen basis.
-
-    Args:
-        edges: shape (K + 1,), lambda at the shell edges, ascending, units 1/flow time.
-        energy: shape (..., K + 2), shell energies; leading axes (times, say) are kept.
-        quantile: in (0, 1); 0.5 is the median.
-
-    Returns:
-        lambda*, shape (...), unit of the edges; a scalar for one set of shells. NaN where no shell can say: the
-        quantile falls into the underflow or overflow shell (which have no second edge), energies are NaN or negative,
-        or there is no energy at all.
-
-    Raises:
-        ValueError: shell arrays that do not match the edges, edges that do not ascend, quantile outside (0, 1).
-        TypeError: arguments of the wrong kind.
-
-    Cost: one cumulative sum.
-
-    Accuracy: exact for energy that is uniform in log lambda within the shell; else within that shell.
-
-    Source: frozen-basis frontier of arXiv:2511.07892 (elasticity); the energy median is our operational definition.
-
-    Example:
-        >>> import numpy as np
-        >>> edges = np.array([1e-2, 1e-1, 1.0])
-        >>> [round(float(value), 9) for value in frontier(edges, [[0.0, 1.0, 1.0, 0.0], [3.0, 1.0, 1.0, 0.0]])]
-        [0.1, nan]
-    """
-    edges = checks.shell_edges(edges)
-    energy = checks.shell_values("energy", energy, edges, batch=True)
-    quantile = checks.real("quantile", quantile, above=0.0, below=1.0)
-    sound = np.isfinite(energy).all(-1) & (energy >= 0).all(-1)
-    energy = np.where(sound[..., None], energy, 0.0)
-    total = energy.sum(-1)
-    below = np.cumsum(energy, axis=-1)[..., :-1]  # energy under each edge
-    goal = quantile * total
-    reached = below >= (goal * (1.0 - 1e-14))[..., None]
-    upper = np.argmax(reached, axis=-1)
-    inside = sound & (total > 0) & reached.any(-1) & ((upper > 0) | (np.abs(below[..., 0] - goal) <= 1e-14 * total))
-    upper = np.maximum(upper, 1)
-    low, high = (np.take_along_axis(below, index[..., None], -1)[..., 0] for index in (upper - 1, upper))
-    share = np.clip((goal - low) / np.where(high > low, high - low, 1.0), 0.0, 1.0)
-    log_edges = np.log(edges)
-    position = log_edges[upper - 1] + share * (log_edges[upper] - log_edges[upper - 1])
-    return np.where(inside, np.exp(position), np.nan)[()]
-
-
-def progress_contour(edges, energy_0, energy_t, level: float = 0.5) -> float:
-    """Where a mode has made the progress `level`: lambda with `g_hat = -1/2 log(E_a(t) / E_a(0)) = level`.
-
-    For frozen modes `g_hat = lambda t`, so the contour lies at `level / t`. Interpolated log-log between the centres
-    of the inner shells (exact for `g_hat ~ lambda^p`), scanning down from large lambda to the first crossing.
-
-    Args:
-        edges: shape (K + 1,), lambda at the shell edges, ascending, units 1/flow time.
-        energy_0: shape (K + 2,), shell energies at time zero in the frozen basis.
-        energy_t: shape (K + 2,), shell energies now, in the same basis.
-        level: positive; 0.5 is `E(t) = E(0) / e`.
-
-    Returns:
-        lambda at the crossing; NaN where no two neighbouring shells with positive energies bracket it. Shells whose
-        energy grew have made no progress (below any level).
-
-    Raises:
-        ValueError: shell arrays that do not match the edges, a level that is not positive.
-        TypeError: arguments of the wrong kind.
-
-    Cost: none to speak of.
-
-    Accuracy: within a shell of width h the mean of `exp(-2 lambda t)` is not its value at the centre: a shift of order
-        h^2 in log lambda, the same at all times, which leaves rho alone.
-
-    Source: progress of THEORY of this package, after arXiv:2511.07892; our operational definition.
-
-    Example:
-        >>> import numpy as np
-        >>> edges = np.logspace(-2, 1, 31)
-        >>> centres = np.sqrt(edges[1:] * edges[:-1])
-        >>> start = np.ones(32)
-        >>> now = np.concatenate([[1.0], np.exp(-2 * centres * 4.0), [0.0]])
-        >>> round(progress_contour(edges, start, now), 9)
-        0.125
-    """
-    edges = checks.shell_edges(edges)
-    start = checks.shell_values("energy_0", energy_0, edges)[1:-1]
-    now = checks.shell_values("energy_t", energy_t, edges)[1:-1]
-    level = checks.real("level", level, above=0.0)
-    usable = np.isfinite(start) & np.isfinite(now) & (start > 0) & (now > 0)
-    progress = np.full(len(start), np.nan)
-    progress[usable] = -0.5 * np.log(now[usable] / start[usable])
-    log_centres = 0.5 * (np.log(edges[1:]) + np.log(edges[:-1]))
-    for k in range(len(progress) - 1, 0, -1):
-        if progress[k] >= level > progress[k - 1]:
-            low = np.log(max(progress[k - 1], 1e-6 * level))
-            share = (np.log(level) - low) / (np.log(progress[k]) - low)
-            return float(np.exp(log_centres[k - 1] + share * (log_centres[k] - log_centres[k - 1])))
-    return float("nan")
+def _widened(fit: PowerLawFit, shifts, evidence: dict[str, float]) -> PowerLawFit:
+    """The fit with its interval's ends moved out, in quadrature, by other values that the exponent may have."""
+    down, up = (max(0.0, *(sign * shift for shift in shifts)) for sign in (-1.0, 1.0))
+    return replace(
+        fit,
+        lower=fit.exponent - math.hypot(fit.exponent - fit.lower, down),
+        upper=fit.exponent + math.hypot(fit.upper - fit.exponent, up),
+        evidence=fit.evidence | evidence,
+    )
 
 
 def elasticity(
@@ -196,6 +118,7 @@ def elasticity(
     lambda_star,
     *,
     window=None,
+    num_per_decade: int = 20,
     confidence: float = 0.95,
     bootstrap: str = "auto",
     num_bootstrap: int = 200,
@@ -210,6 +133,7 @@ def elasticity(
         flow_time: shape (n,), not negative; t = 0 is masked.
         lambda_star: shape (n,), frontiers in a frozen basis (`frontier`, `progress_contour`); NaN is masked.
         window: see `fit_power_law`, as for the remaining arguments; in flow time.
+        num_per_decade: see `fit_loss`.
         confidence: see `fit_power_law`.
         bootstrap: see `fit_power_law`.
         num_bootstrap: see `fit_power_law`.
@@ -239,9 +163,48 @@ def elasticity(
     """
     flow_time = checks.vector("flow_time", flow_time)
     lambda_star = checks.vector("lambda_star", lambda_star, length=len(flow_time))
+    checks.count("num_per_decade", num_per_decade, at_least=1)
+    if not np.isfinite(flow_time).all() or (flow_time < 0).any():
+        raise ValueError("flow_time must be finite and not negative")
+    flow_time, lambda_star = checks.binned(flow_time, lambda_star, num_per_decade)
     return negated(
         fit_power_law(
             flow_time, lambda_star, window=window, confidence=confidence, bootstrap=bootstrap,
             num_bootstrap=num_bootstrap, min_points=min_points, min_decades=min_decades, compare=compare, seed=seed,
         )
     )  # fmt: skip
+
+
+def local_slope(x, y, *, decades: float = 1.0, **options) -> PowerLawFit:
+    """Log-log slope of y over the last `decades` of x: what the exponent is now, however it was before.
+
+    Args:
+        x: shape (n,), flow time, not negative.
+        y: shape (n,), loss or frontier.
+        decades: length of the window, which ends at the largest x with a positive y.
+        **options: see `fit_power_law` (`confidence`, `min_points`, `compare`, ...), but for the window.
+
+    Returns:
+        A `PowerLawFit` (negative for decay); refused where less than 0.8 of `decades` is covered.
+
+    Raises:
+        ValueError: arrays that do not match, x negative, options outside their range.
+        TypeError: arguments of the wrong kind.
+
+    Cost: one `fit_power_law`.
+
+    Accuracy: as `fit_power_law` with so few points: five points in a decade give wide intervals.
+
+    Example:
+        >>> x = np.logspace(0, 3, 31)
+        >>> fit = local_slope(x, np.where(x < 30, x**-0.2, 30**0.6 * x**-0.8))
+        >>> round(fit.exponent, 9), [round(end) for end in fit.window]
+        (-0.8, [100, 1000])
+    """
+    decades = checks.real("decades", decades, above=0.0)
+    x = checks.vector("x", x)
+    y = checks.vector("y", y, length=len(x))
+    known = x[np.isfinite(y) & (y > 0)]
+    last = float(known.max()) if known.size else 1.0
+    window = (last * 10**-decades * (1 - 1e-9), last) if last > 0 else None
+    return fit_power_law(x, y, window=window, min_decades=0.8 * decades, **options)
