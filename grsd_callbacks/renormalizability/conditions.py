@@ -204,7 +204,7 @@ def _measured(
             num_resamples=num_resamples, num_null=settings.num_directions if thorough else 0, seed=seed,
         ),
         couplings=couplings,
-        refined=shells.couplings(refined(grid), 0),
+        refined=shells.couplings(refined(grid), 0, local=False),
         errors=shells.errors(grid, op.num_outputs) if thorough else {},
         energy=flow.energy,
         dissipation=flow.dissipation,
@@ -239,11 +239,11 @@ class _Shells:
             min(low, largest / 10), largest * 10**HEADROOM, self.settings.shells_per_decade
         )
 
-    def couplings(self, grid: ShellGrid, num_null: int) -> LogShiftInvariance:
+    def couplings(self, grid: ShellGrid, num_null: int, local: bool = True) -> LogShiftInvariance:
         lam, mdot, g = self.modes()
         return log_shift_invariance(
-            lam, mdot, grid, coefficients=g, min_modes=self.least, drop_top=self.settings.drop_top, num_null=num_null,
-            seed=self.settings.seed,
+            lam, mdot, grid, coefficients=g if local else None, min_modes=self.least,
+            drop_top=self.settings.drop_top, num_null=num_null, seed=self.settings.seed,
         )  # fmt: skip
 
     def errors(self, grid: ShellGrid, num_outputs: int) -> dict[str, float]:

@@ -208,13 +208,12 @@ def _bidiagonal(
     """Upper bidiagonal B with U^T A = B V^T of every sample, (n, steps, steps + 1), fully reorthogonalised."""
     n = len(start)
     B = torch.zeros(n, steps, steps + 1, dtype=torch.float64, device=start.device)
-    V: list[Tensor] = [_normalised(start)[0]]
-    U: list[Tensor] = []
+    V, U = _normalised(start)[0][:, None], start.new_zeros(n, 0, 0)
     for k in range(steps):
-        u, alpha = _normalised(_without(forward(V[k]), U))
-        U.append(u)
+        u, alpha = _normalised(_without(forward(V[:, k]), U))
+        U = u[:, None] if k == 0 else torch.cat([U, u[:, None]], 1)
         v, beta = _normalised(_without(transposed(u), V))
-        V.append(v)
+        V = torch.cat([V, v[:, None]], 1)
         B[:, k, k], B[:, k, k + 1] = alpha, beta
     return B
 
@@ -224,10 +223,10 @@ def _normalised(x: Tensor) -> tuple[Tensor, Tensor]:
     return x / torch.where(size > 0, size, math.inf)[:, None], size
 
 
-def _without(x: Tensor, basis: list[Tensor]) -> Tensor:
-    for _ in range(2):
-        for b in basis:
-            x = x - (x * b).sum(1, keepdim=True) * b
+def _without(x: Tensor, basis: Tensor) -> Tensor:
+    """x less its part in the rows of the basis, (n, k, d), of every sample; twice, against rounding."""
+    for _ in range(2 if basis.shape[1] else 0):
+        x = x - torch.bmm(torch.bmm(basis, x[:, :, None]).transpose(1, 2), basis)[:, 0]
     return x
 
 
