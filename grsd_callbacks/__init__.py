@@ -30,6 +30,29 @@ from grsd_callbacks.monitor import ShellMonitor
 from grsd_callbacks.optimizer import StepSize, step_size
 from grsd_callbacks.outlet import MeasurementWarning
 from grsd_callbacks.probe import Probe
+from grsd_callbacks.renormalizability import (
+    BlockIncoherence,
+    Conditions,
+    ConditionSettings,
+    GradientPropagation,
+    JacobianEvolution,
+    LogShiftInvariance,
+    Regime,
+    RunVerdict,
+    TimeRescaling,
+    Verdict,
+    block_incoherence,
+    block_kernels,
+    find_blocks,
+    gradient_propagation,
+    jacobian_evolution,
+    judge,
+    lazy_or_rich,
+    log_shift_invariance,
+    measure_conditions,
+    time_rescaling_covariance,
+    verdict_table,
+)
 from grsd_callbacks.shells import ShellBudget, ShellGrid, shell_budget
 from grsd_callbacks.sinks import JSONLinesSink, LoggerSink, MemorySink, Sink, TensorBoardSink, read_json_lines
 from grsd_callbacks.snapshot import Snapshot
@@ -43,12 +66,18 @@ __version__ = "0.1.0"
 
 __all__ = [
     "TAGS",
+    "BlockIncoherence",
+    "ConditionSettings",
+    "Conditions",
     "Eigendecomposition",
     "Emission",
+    "GradientPropagation",
     "Histogram",
     "Instant",
     "JSONLinesSink",
+    "JacobianEvolution",
     "KernelState",
+    "LogShiftInvariance",
     "LoggerSink",
     "Loss",
     "MeasurementWarning",
@@ -56,6 +85,8 @@ __all__ = [
     "NTKOperator",
     "PowerLawFit",
     "Probe",
+    "Regime",
+    "RunVerdict",
     "Settings",
     "ShellBudget",
     "ShellDynamicsCallback",
@@ -69,9 +100,14 @@ __all__ = [
     "StepSize",
     "Tag",
     "TensorBoardSink",
+    "TimeRescaling",
+    "Verdict",
+    "block_incoherence",
+    "block_kernels",
     "closure",
     "eigendecomposition",
     "elasticity",
+    "find_blocks",
     "fit_energy",
     "fit_loss",
     "fit_power_law",
@@ -80,7 +116,13 @@ __all__ = [
     "fit_tail",
     "four_corner_flux",
     "frontier",
+    "gradient_propagation",
+    "jacobian_evolution",
+    "judge",
+    "lazy_or_rich",
+    "log_shift_invariance",
     "measure",
+    "measure_conditions",
     "progress_contour",
     "read_json_lines",
     "resolve_loss",
@@ -88,8 +130,10 @@ __all__ = [
     "spectral_density",
     "spectral_measure",
     "step_size",
+    "time_rescaling_covariance",
     "undisturbed",
     "velocity_exponents",
+    "verdict_table",
 ]
 
 

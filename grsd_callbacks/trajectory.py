@@ -191,7 +191,7 @@ class Trajectory:
 
     def copy(self) -> Trajectory:
         """What it holds now; later additions do not reach it."""
-        series = {name: list(getattr(self, name)) for name in (*_SERIES, "velocity_time", "velocity")}
+        series: dict[str, Any] = {name: list(getattr(self, name)) for name in (*_SERIES, "velocity_time", "velocity")}
         return replace(self, **series)
 
     # -- exponents ---------------------------------------------------------------------------------------
