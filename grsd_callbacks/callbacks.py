@@ -26,6 +26,17 @@ from grsd_callbacks.outlet import first_line, remedy, warn
 from grsd_callbacks.probe import Probe, concatenate, probe_from, restored, unpack_batch
 from grsd_callbacks.sinks import JSONLinesSink, LoggerSink, Sink
 from grsd_callbacks.snapshot import Snapshot
+from grsd_callbacks.training_step import (
+    Observed,
+    StepRunner,
+    batch_type,
+    check_step,
+    observe_step,
+    step_name,
+    step_pair,
+    step_source,
+    warning_of_gap,
+)
 
 try:  # the same Lightning under its other name; each Trainer accepts only its own Callback class
     from pytorch_lightning import Callback as _OtherCallback
@@ -77,7 +88,8 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
     Args:
         loss: "auto" (an `nn.MSELoss`/`nn.CrossEntropyLoss` that is an attribute of the module), "mse",
             "cross_entropy", such a module, or a callable (outputs, targets) -> scalar; the model's outputs are
-            what the LightningModule's `forward` returns.
+            what the LightningModule's `forward` returns. Where "auto" finds no such attribute, or forward does not fit
+            the batches, the module's own `training_step` is measured; the report says which way was taken.
         probe: "auto" (samples of the first training batch, or of the data set where the batch has not enough),
             `(inputs, targets)`, or a DataLoader.
         num_probe: samples on the probe; None: so many that samples x outputs is about 320 (CPU) or 2,048 (GPU).
@@ -92,7 +104,9 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         work: measure the work of the optimizer step after each measurement.
         transfer: also the instantaneous flux and the shell-to-shell transfer matrix along that step (dearer).
         params: name patterns of the parameters to measure; None: all trainable ones.
-        outputs: function from the model's raw output to the tensor (n, ...) that the loss takes.
+        outputs: function from the model's raw output to the tensor (n, ...) that the loss takes; or "training_step":
+            run the module's own, and take as function what its loss is a function of ("training_step:NAME": what the
+            submodule NAME returns). Then a probe is a batch, as training_step takes it.
         unpack: function from a batch to (inputs, targets), where they cannot be told apart.
         nu: scale of the kernel for general losses (`resolve_loss`).
         dtype: "float32" or "float64" for the measurement; None: the parameters' own, at least float32.
@@ -130,7 +144,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         work: bool = True,
         transfer: bool = False,
         params: str | list[str] | None = None,
-        outputs: Callable[[Any], Tensor] | None = None,
+        outputs: str | Callable[[Any], Tensor] | None = None,
         unpack: Callable[[Any], tuple[Any, Any]] | None = None,
         nu: float | None = None,
         dtype: str | torch.dtype | None = None,
@@ -148,6 +162,10 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         if name and not name.replace("_", "").isalnum():
             raise ValueError(f"name must consist of letters, digits and underscores, got {name!r}")
         check_num_probe(num_probe)
+        self._step_asked = step_name(outputs)
+        if self._step_asked is not None and (loss != "auto" or unpack is not None):
+            given = "loss=" if loss != "auto" else "unpack="
+            raise ValueError(f"outputs={outputs!r} takes loss and batch as training_step has them; leave {given} out")
         make_schedule(every_n_steps, max_overhead, None, per_decade, pair)
         self._settings: dict[str, Any] = {
             "method": method,
@@ -155,7 +173,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
             "num_density_matvecs": num_density_matvecs,
             "shells_per_decade": shells_per_decade,
             "params": params,
-            "outputs": outputs,
+            "outputs": None if self._step_asked is not None else outputs,
             "dtype": _as_dtype(dtype),
             "memory_limit": memory_limit,
         }
@@ -173,6 +191,8 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         self._figures = figures
         self._json_lines, self._on_error, self.name = json_lines, on_error, name
         self._resolved: Loss | None = None
+        self._step: str | None = None
+        self._why = ""
         self._sinks: list[Sink] = []
         self._resume: dict[str, Any] | None = None
         self._global_step = 0
@@ -212,7 +232,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         self._group.together(lambda: self._check(trainer, pl_module, folder))
 
     def _check(self, trainer: Any, pl_module: nn.Module, folder: str | None) -> None:
-        self._resolved = resolve_loss(auto_loss(pl_module) if self._loss == "auto" else self._loss, self._nu)
+        self._find_function(pl_module)
         if self._group.leads:
             self._sinks = [LoggerSink(logger) for logger in trainer.loggers]
             self._sinks += json_lines_sink(self._json_lines, folder, trainer, self.name)
@@ -222,8 +242,10 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
             return
         select_parameters(pl_module, self._settings["params"])
         if not isinstance(self._probe, str):
-            self._probe = probe_from(self._probe, self._num_probe, self._unpack)
-            check_pair(self._resolved, self._outputs(pl_module, self._probe), self._probe.targets)
+            source = step_source(self._probe) if self._step is not None else self._probe
+            self._probe = probe_from(source, self._num_probe, self._reading)
+            if self._resolved is not None:
+                check_pair(self._resolved, self._outputs(pl_module, self._probe), self._probe.targets)
 
     @_harmless
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
@@ -288,6 +310,57 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         """Continue a run from its checkpoint."""
         self._resume = state_dict or None
 
+    # -- which function, which loss ----------------------------------------------------------------------
+
+    def _find_function(self, pl_module: nn.Module) -> None:
+        """Forward with a loss that is known, or the module's own training_step."""
+        self._step, self._why, self._resolved = self._step_asked, "", None
+        if self._step is None:
+            try:
+                self._resolved = resolve_loss(auto_loss(pl_module) if self._loss == "auto" else self._loss, self._nu)
+            except ValueError as error:
+                self._take_step(pl_module, error)
+        else:
+            check_step(pl_module, self._step)
+
+    def _take_step(self, pl_module: nn.Module, reason: Exception) -> None:
+        """Measure training_step where forward cannot be measured and nothing else was asked for; else raise."""
+        if self._loss != "auto" or self._settings["outputs"] is not None or self._unpack is not unpack_batch:
+            raise reason
+        try:
+            check_step(pl_module)
+        except ValueError as error:
+            raise ValueError(f"{reason}. Nor can its own training step be measured: {error}") from reason
+        self._step, self._resolved, self._why = "", None, str(reason)
+
+    @property
+    def _reading(self) -> Callable[[Any], tuple[Any, Any]]:
+        """How batches are read."""
+        return self._unpack if self._step is None else step_pair
+
+    def _check_forward(self, pl_module: nn.Module, batch: Any) -> None:
+        """Where loss="auto" has found a loss: whether it fits forward on the training batches."""
+        if self._resolved is None or self._loss != "auto" or not isinstance(self._probe, str):
+            return
+        try:
+            first = Probe(*self._unpack(batch)).check()
+            check_pair(self._resolved, self._outputs(pl_module, first), first.targets)
+        except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+            if isinstance(error, DisturbedTraining):
+                raise
+            self._take_step(pl_module, error)
+
+    def _observed(self, pl_module: nn.Module, probe: Probe, batch: Any) -> Observed:
+        """The training step on a probe, taken apart."""
+        function = ModelFunction(pl_module, params=self._settings["params"], dtype=self._settings["dtype"])
+        runner = StepRunner(pl_module, batch_type(batch))
+        try:
+            return observe_step(function, probe, self._step or "", runner, nu=self._nu, why=self._why.split(";")[0])
+        except ValueError as error:
+            if not self._why:
+                raise
+            raise ValueError(f"{self._why}. Nor can its own training step be measured: {error}") from error
+
     # -- set-up at the first batch -----------------------------------------------------------------------
 
     def _start(self, trainer: Any, pl_module: nn.Module, batch: Any) -> ShellMonitor | None:
@@ -311,17 +384,24 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         return monitor
 
     def _make_monitor(self, trainer: Any, pl_module: nn.Module, batch: Any) -> ShellMonitor:
-        assert self._resolved is not None
+        self._group.together(lambda: self._check_forward(pl_module, batch))
         if self._resume is not None:
             probe = self._group.together(lambda: self._resumed_probe(batch))
         elif isinstance(self._probe, str):
             probe = self._auto_probe(trainer, pl_module, batch)
         else:
             probe = self._probe
+        probe = probe.to(_device(pl_module))
+        loss, settings = self._resolved, self._settings
+        if loss is None:
+            observed = self._group.together(lambda: self._observed(pl_module, probe, batch))
+            loss, settings = observed.loss, {**settings, "outputs": observed.outputs}
+            if self._group.leads and (warning := warning_of_gap(observed)):
+                warn(warning)
         monitor = ShellMonitor(
             pl_module,
-            self._resolved,
-            probe.to(_device(pl_module)),
+            loss,
+            probe,
             num_probe=self._num_probe,
             total_steps=_total_steps(trainer),
             pair=self._pair,
@@ -333,7 +413,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
             nu=self._nu,
             prefix=f"grsd_{self.name}_" if self.name else "grsd_",
             **self._schedule,
-            **self._settings,
+            **settings,
         )
         if self._resume is not None:
             monitor.load_state_dict(self._resume)
@@ -346,7 +426,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
 
     def _resumed_probe(self, batch: Any) -> Probe:
         assert self._resume is not None
-        template = Probe(*self._unpack(batch)) if isinstance(self._probe, str) else self._probe
+        template = Probe(*self._reading(batch)) if isinstance(self._probe, str) else self._probe
         return restored(template, self._resume["probe"])
 
     def _auto_probe(self, trainer: Any, pl_module: nn.Module, batch: Any) -> Probe:
@@ -362,8 +442,9 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
 
     def _first_batch(self, pl_module: nn.Module, batch: Any) -> tuple[Probe, int]:
         """The batch as a probe, and how many samples all ranks together are to have."""
-        first = Probe(*self._unpack(batch)).check()
-        width = max(1, self._outputs(pl_module, first).numel() // first.num_samples)
+        first = Probe(*self._reading(batch)).check()
+        outputs = self._observed(pl_module, first, batch).outputs if self._step is not None else None
+        width = max(1, self._outputs(pl_module, first, outputs).numel() // first.num_samples)
         size = PROBE_SIZE.get(_device(pl_module).type, PROBE_SIZE["cpu"])
         return first, self._num_probe or max(8, size // width)
 
@@ -395,11 +476,14 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
             return first.take(slice(0, 0))
         with undisturbed(pl_module, mode="keep"), preserve_object_rng(loader.dataset):
             samples = [loader.dataset[index] for index in indices]
-            return Probe(*self._unpack(_prepared(trainer, pl_module, loader.collate_fn(samples)))).check()
+            return Probe(*self._reading(_prepared(trainer, pl_module, loader.collate_fn(samples)))).check()
 
-    def _outputs(self, pl_module: nn.Module, probe: Probe) -> Tensor:
+    def _outputs(self, pl_module: nn.Module, probe: Probe, outputs: Any = None) -> Tensor:
         function = ModelFunction(
-            pl_module, params=self._settings["params"], outputs=self._settings["outputs"], dtype=self._settings["dtype"]
+            pl_module,
+            params=self._settings["params"],
+            outputs=outputs or self._settings["outputs"],
+            dtype=self._settings["dtype"],
         )
         with torch.no_grad():
             return function.run(lambda: function.outputs(probe.inputs))

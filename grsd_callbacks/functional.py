@@ -101,6 +101,11 @@ class ModelFunction:
         """All private copies: parameters, frozen ones and buffers, in the module's order."""
         return [*self.parameters.values(), *self._constants.values()]
 
+    @property
+    def interacting(self) -> bool:
+        """Whether the samples of a batch are known to interact, so that no part of it can be run alone."""
+        return bool(getattr(self.extract, "interacting", False))
+
     def moved(self, velocity: dict[str, Tensor], h: float, dtype: torch.dtype | None = None) -> ModelFunction:
         """The same function at theta + h velocity, on copies of its own (in another dtype if given)."""
         other = copy.copy(self)
@@ -127,9 +132,10 @@ class ModelFunction:
     def raw(self, inputs: Any, parameters: dict[str, Tensor] | None = None) -> Any:
         """The module's own output on `inputs` at `parameters` (default: the copies). Call inside `run`."""
         inputs = tree_map(self._as_input, inputs)
+        call = getattr(self.extract, "call", _call_model)  # what is observed may be more than the model's own call
         if parameters is None:
-            return _call_model(self.model, inputs)
-        return self._call(parameters, lambda: _call_model(self.model, inputs))
+            return call(self.model, inputs)
+        return self._call(parameters, lambda: call(self.model, inputs))
 
     def outputs(self, inputs: Any, parameters: dict[str, Tensor] | None = None) -> Tensor:
         """f, shape (n, ...), differentiable in the copies. Call inside `run`."""

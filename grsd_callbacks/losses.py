@@ -58,6 +58,7 @@ class Loss:
             return "shell energies sum to the loss"
         f = self.function
         plain = isinstance(f, nn.CrossEntropyLoss) and f.weight is None and f.label_smoothing == 0
+        plain = plain or getattr(f, "is_plain_cross_entropy", False)
         if self.kind == "cross_entropy" and plain:
             return "shell energies sum to half the Brier score, dissipation to |grad L|^2"
         return "dissipation sums to |grad L|^2; energies are 1/2 |dL/df|^2 / nu, not a loss"
@@ -133,7 +134,8 @@ class Loss:
         weight = getattr(self.function, "weight", None)
         if isinstance(weight, Tensor) and weight.device != f.device and self.kind != "general":
             self.function.weight = weight.to(f.device)  # type: ignore[attr-defined]  # made before the model moved
-        value = self.function(f, widened(targets, f))
+        as_they_are = getattr(self.function, "takes_targets_as_they_are", False)
+        value = self.function(f, targets if as_they_are else widened(targets, f))
         if not isinstance(value, Tensor) or value.numel() != 1:
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"loss must return a scalar tensor, got {got}; use a 'mean' or 'sum' reduction")

@@ -338,10 +338,16 @@ def _with_floor(spectrum: Eigendecomposition, dtype: torch.dtype) -> Eigendecomp
 
 def _squared_gradient(op: NTKOperator, probe: Probe, loss: Loss) -> float:
     """|grad L|^2 by a backward pass of the loss itself, independent of residual, nu and kernel."""
+    parameters = list(op.function.parameters.values())
+    direct = getattr(loss.function, "direct", None)  # a training step's own loss, without the detour over f
     with torch.enable_grad():
-        f = op.function.outputs(probe.inputs)
-        value = loss.value(f, probe.targets)
-        grads = torch.autograd.grad(value, list(op.function.parameters.values()), allow_unused=True)
+        if direct is not None:
+            grads = torch.autograd.grad(direct(probe.targets), parameters, allow_unused=True)
+        else:
+            f = op.function.outputs(probe.inputs)
+            at = f.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(loss.value(at, probe.targets), at)
+            grads = torch.autograd.grad(f, parameters, slope, allow_unused=True)
     norms = [(g.to_dense() if g.is_sparse else g).double().square().sum() for g in grads if g is not None]
     return float(torch.stack(norms).sum()) if norms else 0.0
 

@@ -36,15 +36,20 @@ class Probe:
     def take(self, index: Any) -> Probe:
         """The probe restricted to the samples of `index` (a slice or an index tensor)."""
         n = self.num_samples
-        return Probe(take(self.inputs, index, n), take(self.targets, index, n))
+        return self._mapped(lambda tree: take(tree, index, n))
 
     def to(self, device: torch.device | str) -> Probe:
         """The same samples on another device (values and dtypes unchanged)."""
-        return Probe(*(tree_map(lambda leaf: _moved(leaf, device), tree) for tree in (self.inputs, self.targets)))
+        return self._mapped(lambda tree: tree_map(lambda leaf: _moved(leaf, device), tree))
 
     def clone(self) -> Probe:
         """A detached copy that shares no memory with the batch it came from."""
-        return Probe(*(tree_map(_copied, tree) for tree in (self.inputs, self.targets)))
+        return self._mapped(lambda tree: tree_map(_copied, tree))
+
+    def _mapped(self, function: Callable[[Any], Any]) -> Probe:
+        """Targets that are the inputs (a whole batch, for a training step) stay so."""
+        inputs = function(self.inputs)
+        return Probe(inputs, inputs if self.targets is self.inputs else function(self.targets))
 
     def check(self) -> Probe:
         """Return self, or raise if inputs and targets cannot be a probe.
@@ -55,7 +60,7 @@ class Probe:
         n = self.num_samples
         if n == 0:
             raise ValueError("probe has no samples: the inputs' leading dimension is 0; give at least one sample")
-        for leaf in tree_flatten(self.targets)[0]:
+        for leaf in () if self.targets is self.inputs else tree_flatten(self.targets)[0]:
             if isinstance(leaf, Tensor) and (leaf.dim() == 0 or leaf.shape[0] != n):
                 raise ValueError(
                     f"probe targets must have one row per sample: inputs have {n} samples, "
@@ -164,7 +169,9 @@ def concatenate(parts: list[Probe]) -> Probe:
     """One probe from several of the same structure."""
     if len(parts) == 1:
         return parts[0]
-    return Probe(_joined([p.inputs for p in parts]), _joined([p.targets for p in parts]))
+    inputs = _joined([p.inputs for p in parts])
+    same = all(p.targets is p.inputs for p in parts)
+    return Probe(inputs, inputs if same else _joined([p.targets for p in parts]))
 
 
 def _joined(trees: list[Any]) -> Any:
@@ -210,4 +217,4 @@ def restored(template: Probe, leaves: dict[str, list[Any]]) -> Probe:
             )
         parts = [old if old is not None else new for old, new in zip(leaves[name], present, strict=True)]
         trees.append(tree_unflatten(parts, spec))
-    return Probe(*trees)
+    return Probe(trees[0], trees[0] if template.targets is template.inputs else trees[1])

@@ -51,6 +51,7 @@ def start_report(
     return "\n".join(
         [
             "grsd: shell dynamics of the empirical NTK",
+            *_indented("function", function_lines(op)),
             f"  probe       {n} samples x {c} outputs, m = {n * c}",
             f"  parameters  {op.num_parameters:,} in {len(op.parameter_names)} tensors, "
             f"{str(op.dtype)[6:]} on {op.device}",
@@ -61,6 +62,19 @@ def start_report(
             "  model       measured in eval mode on copies; training is left bit-identical",
         ]
     )
+
+
+def function_lines(op: NTKOperator) -> Sequence[str]:
+    """Which function is measured, one line or more."""
+    described = getattr(op.function.extract, "description", None)
+    if described:
+        return tuple(described)
+    picked = "" if op.function.extract is None else ", what outputs= picks of it"
+    return (f"forward of {type(op.function.model).__name__}{picked}",)
+
+
+def _indented(title: str, lines: Sequence[str]) -> list[str]:
+    return [f"  {title if i == 0 else '':10}  {line}" for i, line in enumerate(lines)]
 
 
 def summary_table(history: Sequence[Snapshot], fits: Mapping[str, PowerLawFit]) -> str:

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "grsd_callbacks"
 LEVELS = {
     0: {"distributed", "guard", "json_lines", "lean", "memory"},
     1: {"functional", "krylov", "layers", "losses", "optimizer", "probe"},
-    2: {"kernel", "gram", "paths", "plan"},
+    2: {"kernel", "gram", "paths", "plan", "training_step"},
     3: {"method", "randomized", "spectrum", "team"},
     4: {"shells"},
     5: {"density", "flux", "transfer", "comparison", "drift", "exponents", "position"},

@@ -141,7 +141,7 @@ class _Computation:
         return GramEstimate(sum(term.operations for term in terms), int(peak), self._paths(terms))
 
     def gram(self) -> Gram:
-        if self.function.mode != "eval" and not self._independent():
+        if self.function.interacting or (self.function.mode != "eval" and not self._independent()):
             whole = record(self.function, self.inputs, self.n)
             return self._interacting(whole, self._check(whole)[0])
         reference, gram, why = self._structured()

@@ -69,7 +69,7 @@ def _partial(computation: _Computation, rank: int, size: int) -> PartialGram:
     function, limit = computation.function, computation.memory_limit
     whole = record(function, computation.inputs, computation.n)
     m, unused = whole.outputs.numel(), len(whole.unused)
-    if function.mode == "eval" or computation._independent():
+    if not function.interacting and (function.mode == "eval" or computation._independent()):
         reference, uses = computation._check(whole)
         try:
             terms = computation._terms(whole, uses)

@@ -1,0 +1,275 @@
+"""Which function a training step's loss is a function of: from the autograd graph of one recorded run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss
+from torch.utils._pytree import tree_map
+
+from grsd_callbacks.functional import ModelFunction
+from grsd_callbacks.losses import Loss, wide_dtype
+from grsd_callbacks.probe import Probe, num_samples, take
+from grsd_callbacks.training_step.observed import StepLoss, StepOutputs, rows
+from grsd_callbacks.training_step.runner import REMEDY, StepRunner
+from grsd_callbacks.training_step.tape import Event, Tape, frontier, slope
+
+#: |grad L - J^T dL/df|^2 / |grad L|^2 above which dependence on the parameters is said to bypass f, by dtype
+GAP_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
+
+
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """A training step taken apart.
+
+    Attributes:
+        outputs: for `ModelFunction(outputs=)`.
+        loss: L(f).
+        gap: |grad L - J^T dL/df|^2 / |grad L|^2: how much dependence on the parameters bypasses f.
+        labels: what f is, in words.
+        direct: parameters that reach the loss without passing f.
+        notes: sentences for the report.
+    """
+
+    outputs: StepOutputs
+    loss: Loss
+    gap: float
+    labels: list[str] = field(default_factory=list)
+    direct: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def observe_step(
+    function: ModelFunction,
+    probe: Probe,
+    at: str = "",
+    runner: StepRunner | None = None,
+    *,
+    nu: float | None = None,
+    why: str = "",
+) -> Observed:
+    """Find the function that a training step's loss is a function of.
+
+    Args:
+        function: the module as a function of its parameters.
+        probe: a batch, as `step_pair` makes it.
+        at: name of the submodule whose output is f; nothing: found from the autograd graph.
+        runner: how the step is run.
+        nu: scale of the kernel, where it is not to be the loss's own.
+        why: why the training step is measured, for the report.
+
+    Raises:
+        ValueError: no such function: training_step's loss does not depend on the parameters, or on them directly.
+
+    Cost: about six runs of the step, two of them with a backward pass.
+    """
+    runner = runner or StepRunner(function.model)
+    found = function.run(lambda: _observed(function, probe, at, runner))
+    if nu is not None:
+        found = replace(found, loss=replace(found.loss, kind="general", nu=nu))
+    return replace(found, outputs=replace(found.outputs, description=tuple(_description(found, why))))
+
+
+def _description(found: Observed, why: str) -> list[str]:
+    lines = [f"training_step: {label}" for label in found.labels]
+    lines += [f"because {why}"] if why else []
+    passed = "all dependence on the parameters passes there" if not found.gap > 1e-6 else "some bypasses it"
+    return [*lines, f"{passed} (gap {found.gap:.1e} of |grad L|^2)", *found.notes]
+
+
+def warning_of_gap(found: Observed) -> str:
+    """What to tell a user whose loss depends on the parameters by other ways as well; nothing if it does not."""
+    if found.loss.function.complete:  # type: ignore[attr-defined]
+        return ""
+    names = ", ".join(found.direct[:3]) + (", ..." if len(found.direct) > 3 else "")
+    by = f"on {names} directly" if found.direct else "by another way"
+    through = " and ".join(found.labels)
+    return (
+        f"grsd: the loss of training_step depends on the parameters not through {through} alone, "
+        f"but also {by} (a penalty on the weights?): {found.gap:.1e} of |grad L|^2, which is left out of all that is "
+        f"measured. If that is too much, {REMEDY}."
+    )
+
+
+def _observed(function: ModelFunction, probe: Probe, at: str, runner: StepRunner) -> Observed:
+    batch = tree_map(lambda leaf: leaf.to(function.device) if isinstance(leaf, Tensor) else leaf, probe.inputs)
+    n = num_samples(batch)
+    with torch.enable_grad(), Tape(function.model) as tape:
+        loss = runner(batch)
+    if not loss.requires_grad:
+        raise ValueError(f"training_step's loss does not depend on the measured parameters; {REMEDY}")
+    best: Observed | None = None
+    for cut, direct in _cuts(loss, tape, function, n, at):
+        found = _observe_cut(function, runner, batch, loss, cut, direct)
+        if best is None or found.gap < best.gap:
+            best = found
+        if best.gap <= GAP_TOLERANCE.get(function.dtype, 1e-6):
+            break
+    if best is None:
+        raise ValueError(
+            f"outputs='training_step:{at}': what {at!r} returns does not reach the loss; name another submodule"
+            if at
+            else f"training_step: no output with one row per sample was found between parameters and loss; {REMEDY}"
+        )
+    return best
+
+
+def _cuts(
+    loss: Tensor, tape: Tape, function: ModelFunction, n: int, at: str
+) -> Iterator[tuple[list[list[Event]], list[str]]]:
+    """Sets of tensors that f may be made of, the best first, with the parameters that bypass them."""
+    names = {id(p): name for name, p in function.parameters.items()}
+    modules = dict(function.model.named_modules())
+    events = [
+        event
+        for event in tape.events
+        if _has_rows(event.tensor, n)
+        and not (event.place.kind == "module" and isinstance(modules[event.place.name], _Loss))
+    ]
+    given, returned = ([event for event in events if event.place.kind == kind] for kind in ("loss", "module"))
+    stops = [[event for event in returned if event.place.name == at]] if at else [given, returned, events]
+    for chosen in stops:
+        edges = {event.edge for event in chosen}
+        cut, direct = frontier(loss, [event for event in events if event.edge in edges], names)
+        if cut:
+            yield cut, direct
+
+
+def _observe_cut(
+    function: ModelFunction, runner: StepRunner, batch: Any, loss: Tensor, cut: list[list[Event]], direct: list[str]
+) -> Observed:
+    known = _known_loss(cut, loss)
+    main = [known[0]] if known else [_first(events) for events in cut]
+    outputs = StepOutputs(runner, tuple(event.place for event in main), (0,) * len(main))
+    outputs, independent = _with_axes(outputs, function.model, batch, main, num_samples(batch))
+    notes = []
+    if _is_random(function, outputs, batch):
+        notes.append("training_step draws random numbers: one fixed draw is measured")
+    elif not independent:
+        notes.append("samples of a batch interact: the kernel is taken from rows on the whole batch")
+    outputs = replace(outputs, interacting=bool(notes))
+    aliases = tuple(
+        (event.place,) if event.place.kind == "module" else tuple(e.place for e in events)
+        for event, events in zip(main, cut)
+    )
+    step_loss = StepLoss(outputs, aliases)
+    fixed = Loss(replace(step_loss, exact=True, plain=known[3]), *known[1:3]) if known else Loss(step_loss, "general")
+    gap = _gap(function, outputs, fixed, batch)
+    if gap > GAP_TOLERANCE.get(function.dtype, 1e-6):
+        fixed = replace(fixed, function=replace(fixed.function, complete=False))  # type: ignore[type-var]
+    return Observed(outputs, fixed, gap, [_label(events) for events in cut], direct, notes)
+
+
+def _first(events: list[Event]) -> Event:
+    """Where a tensor is made, if a submodule makes it: what is put there reaches every use."""
+    return next((event for event in events if event.place.kind == "module"), events[0])
+
+
+def _label(events: list[Event]) -> str:
+    """The outermost submodule that returns a tensor and the loss function that takes it, in words."""
+    returned = [event.place for event in events if event.place.kind == "module"]
+    given = [event.place for event in events if event.place.kind == "loss"]
+    return ", ".join(dict.fromkeys(str(place) for place in (*returned[-1:], *given)))
+
+
+def _has_rows(tensor: Tensor, n: int) -> bool:
+    return tensor.numel() > 0 and any(size % n == 0 for size in tensor.shape)
+
+
+def _with_axes(
+    outputs: StepOutputs, model: nn.Module, batch: Any, cut: list[Event], n: int
+) -> tuple[StepOutputs, bool]:
+    """The sample axis of each part, by running the step on half of the batch; and whether samples are independent."""
+    shapes = [event.tensor.shape for event in cut]
+    first = tuple(next(d for d, size in enumerate(shape) if size % n == 0) for shape in shapes)
+    if n == 1:
+        return replace(outputs, axes=first), True
+    half = (n + 1) // 2
+    try:
+        with torch.no_grad(), Tape(model, outputs.places) as tape:
+            outputs.runner(take(batch, slice(0, half), n))
+        parts = [tape.at(place).tensor for place in outputs.places]
+    except (RuntimeError, ValueError, IndexError):  # a step that does not run on parts of a batch
+        return replace(outputs, axes=first), False
+    axes = [_axis(event.tensor.detach(), part, n, half) for event, part in zip(cut, parts)]
+    independent = all(axis is not None for axis in axes)
+    return replace(outputs, axes=tuple(a if a is not None else f for a, f in zip(axes, first))), independent
+
+
+def _axis(whole: Tensor, part: Tensor, n: int, half: int) -> int | None:
+    """The axis along which the half batch's output is the first part of the whole batch's."""
+    eps = torch.finfo(whole.dtype).eps
+    for axis, size in enumerate(whole.shape):
+        if size % n == 0 and part.dim() == whole.dim() and part.shape[axis] == half * (size // n):
+            expected = rows(whole, axis, n)[:half]
+            found = rows(part, axis, half)
+            if expected.shape == found.shape and torch.allclose(expected, found, rtol=100 * eps**0.5, atol=eps**0.5):
+                return axis
+    return None
+
+
+def _known_loss(cut: list[list[Event]], loss: Tensor) -> tuple[Event, str, float, bool] | None:
+    """Event, kind, nu, plainness (see `StepLoss`) of the only function by which f enters the loss, if we know it."""
+    given = [event for event in cut[0] if event.call is not None]
+    if len(cut) > 1 or len(given) != 1 or given[0].place.part not in (0, "input"):
+        return None
+    event = given[0]
+    function, args, kwargs = event.call  # type: ignore[misc]
+    c = slope(loss, event.value)
+    target = args[1] if len(args) > 1 else kwargs.get("target")
+    reduction = kwargs.get("reduction", "mean")
+    if c is None or not _enters_only(event, loss, c) or not isinstance(target, Tensor) or target.requires_grad:
+        return None
+    if function is F.mse_loss and target.shape == event.tensor.shape and kwargs.get("weight") is None:
+        return event, "squared", 2 * c / (event.tensor.numel() if reduction == "mean" else 1), False
+    if function is F.cross_entropy and event.tensor.dim() > 1:
+        plain = kwargs.get("weight") is None and not kwargs.get("label_smoothing")
+        nu = c * _averaged(event.tensor, target, kwargs, reduction)
+        return event, "cross_entropy", nu, plain
+    return None
+
+
+def _enters_only(event: Event, loss: Tensor, c: float) -> bool:
+    """Whether dL/df is c times the derivative of the loss function's value: f enters in no other way."""
+    f = event.tensor
+    (whole,) = torch.autograd.grad(loss, f, torch.ones_like(loss), retain_graph=True)
+    (part,) = torch.autograd.grad(event.value, f, torch.ones_like(event.value), retain_graph=True)
+    return float((whole - c * part).norm()) <= 1e-5 * float(whole.norm())
+
+
+def _averaged(logits: Tensor, target: Tensor, kwargs: Mapping[str, Any], reduction: str) -> float:
+    """1 / (number of averaged targets), 1 for a sum."""
+    settings = {
+        key: kwargs[key] for key in ("weight", "ignore_index", "label_smoothing") if kwargs.get(key) is not None
+    }
+    return Loss(nn.CrossEntropyLoss(reduction=reduction, **settings), "cross_entropy").scale(logits, target)
+
+
+def _gap(function: ModelFunction, outputs: StepOutputs, loss: Loss, batch: Any) -> float:
+    """|grad L - J^T dL/df|^2 / |grad L|^2."""
+    leaves = list(function.parameters.values())
+    with torch.enable_grad():
+        direct = torch.autograd.grad(outputs.runner(batch), leaves, allow_unused=True)
+        f = outputs.call(function.model, batch)
+        at = loss.evaluate(f, batch)
+        cotangent = (at.residual * at.nu**0.5).view_as(f).to(f.dtype)
+        through = torch.autograd.grad(f, leaves, cotangent, allow_unused=True)
+    total = missed = 0.0
+    for p, a, b in zip(leaves, direct, through):
+        a, b = (torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g for g in (a, b))
+        wide = wide_dtype(p.device)
+        total += float(a.to(wide).square().sum())
+        missed += float((a.to(wide) - b.to(wide)).square().sum())
+    return missed / total if total > 0 else missed
+
+
+def _is_random(function: ModelFunction, outputs: StepOutputs, batch: Any) -> bool:
+    """Whether other draws give other outputs."""
+    other = replace(outputs, runner=replace(outputs.runner, seed=outputs.runner.seed + 1))
+    with torch.no_grad():
+        return not torch.equal(outputs.call(function.model, batch), other.call(function.model, batch))

@@ -1,0 +1,126 @@
+"""f and L(f) of a training step: tensors observed in one run, and the run repeated with others in their stead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from grsd_callbacks.probe import num_samples
+from grsd_callbacks.training_step.runner import StepRunner, as_floating
+from grsd_callbacks.training_step.tape import Place, Tape, slope
+
+
+@dataclass(frozen=True, eq=False)
+class StepOutputs:
+    """What is observed in a step: the tensors at `places`, joined to (n, C). An `outputs=` for `ModelFunction`.
+
+    Attributes:
+        runner: runs the step.
+        places: where the tensors appear.
+        axes: the axis of each that runs over samples (or over samples and, faster, something else).
+        interacting: whether a sample's output depends on the rest of the batch, or on draws made for it.
+        description: lines for the report.
+    """
+
+    runner: StepRunner
+    places: tuple[Place, ...]
+    axes: tuple[int, ...]
+    interacting: bool = False
+    description: tuple[str, ...] = ()
+
+    def call(self, model: nn.Module, batch: Any) -> Tensor:
+        """f on a batch, (n, C), in the parameters' dtype."""
+        with Tape(model, self.places) as tape:
+            self.runner(batch)
+        n = num_samples(batch)
+        parts = [rows(tape.at(place).tensor, axis, n) for place, axis in zip(self.places, self.axes)]
+        return torch.cat(parts, 1).to(next(model.parameters()).dtype)
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        """The outputs are already f."""
+        return raw
+
+
+def rows(tensor: Tensor, axis: int, n: int) -> Tensor:
+    """A tensor with samples along `axis` as (n, ...)."""
+    return tensor.movedim(axis, 0).reshape(n, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class StepLoss:
+    """L as a function of f: the step run again with f in the stead of what it observed.
+
+    Where dependence on f is that of c times one `F.mse_loss` or `F.cross_entropy`, only its targets are taken from the
+    run, and the function itself is evaluated in the precision of f.
+
+    Attributes:
+        outputs: the observed places.
+        aliases: for each of them, all places where to put f.
+        exact: whether it is such a loss.
+        complete: whether nothing bypasses f, so that the step's own loss can be the reference for |grad L|^2.
+        plain: a cross-entropy without weights and smoothing.
+    """
+
+    outputs: StepOutputs
+    aliases: tuple[tuple[Place, ...], ...]
+    exact: bool = False
+    complete: bool = True
+    plain: bool = False
+    takes_targets_as_they_are = True
+
+    def __call__(self, f: Tensor, batch: Any) -> Tensor:
+        """The loss, a differentiable scalar."""
+        return self._known(f, batch) if self.exact else self._replayed(f, batch)
+
+    @property
+    def is_plain_cross_entropy(self) -> bool:
+        """Whether the energies have the meaning they have for a plain cross-entropy."""
+        return self.plain
+
+    @property
+    def direct(self) -> Callable[[Any], Tensor] | None:
+        """The loss of the step itself, whatever way the parameters enter it; None where that is more than L(f)."""
+        return self.outputs.runner if self.complete else None
+
+    def _known(self, f: Tensor, batch: Any) -> Tensor:
+        with torch.enable_grad(), Tape(self.outputs.runner.model, self.outputs.places) as tape:
+            loss = self.outputs.runner(batch)
+        event = tape.at(self.outputs.places[0])
+        c = slope(loss, event.value)
+        if c is None or event.call is None:
+            raise RuntimeError("training_step's loss no longer depends on the loss function found at the start")
+        function, args, kwargs = event.call
+        like = event.tensor
+        given = _shaped(f, like, self.outputs.axes[0])
+        args, kwargs = tree_map(lambda x: given if x is like else as_floating(x, f.dtype), (args, kwargs))
+        return c * function(*args, **kwargs)
+
+    def _replayed(self, f: Tensor, batch: Any) -> Tensor:
+        parts = f.split(self._widths(f, batch), 1)
+        put = {
+            place: partial(_shaped, part, axis=axis, wide=place.kind == "loss")
+            for part, axis, places in zip(parts, self.outputs.axes, self.aliases)
+            for place in places
+        }
+        with Tape(self.outputs.runner.model, (), put):
+            return self.outputs.runner(batch)
+
+    def _widths(self, f: Tensor, batch: Any) -> list[int]:
+        if len(self.outputs.places) == 1:
+            return [f.shape[1]]
+        with torch.no_grad(), Tape(self.outputs.runner.model, self.outputs.places) as tape:
+            self.outputs.runner(batch)
+        return [tape.at(place).tensor.numel() // f.shape[0] for place in self.outputs.places]
+
+
+def _shaped(part: Tensor, like: Tensor, axis: int, wide: bool = True) -> Tensor:
+    """Rows (n, C_k) in the layout of the tensor they stand for; its dtype where others are computed with it."""
+    shape = like.movedim(axis, 0).shape
+    # not a view of f: what replaces a layer's output may be written to in place
+    return part.reshape(shape).movedim(0, axis).to(part.dtype if wide else like.dtype).clone()

@@ -1,0 +1,473 @@
+"""A module's own training step as function and loss, against plain autograd on the module itself."""
+
+import lightning.pytorch as pl
+import lightning_cases as cases
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.loggers import CSVLogger
+from nets import randint, randn, seeded
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+from grsd_callbacks import MeasurementWarning, ShellDynamicsCallback
+from grsd_callbacks.functional import ModelFunction
+from grsd_callbacks.guard import undisturbed
+from grsd_callbacks.kernel import NTKOperator
+from grsd_callbacks.losses import calibrate, resolve_loss
+from grsd_callbacks.measure import Settings, measure
+from grsd_callbacks.probe import Probe, probe_from
+from grsd_callbacks.training_step import (
+    StepRunner,
+    batch_type,
+    check_step,
+    observe_step,
+    step_name,
+    step_pair,
+    step_source,
+    warning_of_gap,
+)
+
+N = 6
+X, Y = randn(N, 5, seed=1), randint(3, N, seed=2)
+HOT = F.one_hot(Y, 3).double()
+
+
+class Base(nn.Module):
+    """A body, a head, and a training step that subclasses write."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Linear(5, 7), nn.Tanh()), nn.Linear(7, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+class Classes(Base):
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
+class Squares(Base):
+    def training_step(self, batch):
+        return {"loss": 3 * F.mse_loss(self(batch[0]), F.one_hot(batch[1], 3).to(batch[0])), "other": 1}
+
+
+class Summed(Base):
+    def training_step(self, batch, batch_idx, dataloader_idx=0):
+        return nn.MSELoss(reduction="sum")(self(batch[0]), F.one_hot(batch[1], 3).to(batch[0]))
+
+
+class Tokens(Base):
+    """Logits (n T, classes) as language models flatten them, one target ignored."""
+
+    def training_step(self, batch, batch_idx):
+        x = batch[0].unsqueeze(1).repeat(1, 4, 1) * torch.arange(1, 5).to(batch[0])[:, None]
+        labels = batch[1][:, None].repeat(1, 4)
+        labels[:, 0] = -100
+        return F.cross_entropy(self(x).view(-1, 3), labels.view(-1))
+
+
+class Formula(Base):
+    """No loss function, two outputs, one of them twice on the way to the loss."""
+
+    def training_step(self, batch, batch_idx):
+        h = self.body(batch[0])
+        return (self.head(h) - F.one_hot(batch[1], 3)).square().mean() + 0.1 * h.square().mean()
+
+
+class Twins(Base):
+    """One module called twice, both calls in the loss."""
+
+    def training_step(self, batch, batch_idx):
+        return F.smooth_l1_loss(self(batch[0]), self(-batch[0]) + 1)
+
+
+class Shared(Base):
+    """One output given to two losses, and used by hand."""
+
+    def training_step(self, batch, batch_idx):
+        z = self(batch[0])
+        return F.cross_entropy(z, batch[1]) + 0.1 * F.l1_loss(z, torch.zeros_like(z)) + 0.01 * z.logsumexp(1).mean()
+
+
+class Viewed(Base):
+    """A view of the output is given to a loss, the output itself used besides: only the module cuts both."""
+
+    def training_step(self, batch, batch_idx):
+        z = self(batch[0])
+        return F.mse_loss(z.view(-1), F.one_hot(batch[1], 3).to(z).view(-1)) + z.abs().mean()
+
+
+class TimeFirst(Base):
+    """The sample axis of the output is the second one."""
+
+    def training_step(self, batch, batch_idx):
+        z = self(torch.stack([batch[0], 2 * batch[0]]))
+        return F.huber_loss(z, F.one_hot(batch[1], 3).to(z).expand_as(z))
+
+
+class Noisy(Base):
+    def training_step(self, batch, batch_idx):
+        x = batch[0]
+        return F.mse_loss(self(x + 0.3 * torch.randn_like(x)), F.one_hot(batch[1], 3).to(x))
+
+
+class Contrastive(Base):
+    """The logits of a sample depend on all samples."""
+
+    def training_step(self, batch, batch_idx):
+        z = F.normalize(self(batch[0]), dim=1)
+        return F.cross_entropy(z @ z.roll(1, 0).T / 0.5, torch.arange(len(z)))
+
+
+class Penalty(Base):
+    def training_step(self, batch, batch_idx):
+        return F.mse_loss(self(batch[0]), F.one_hot(batch[1], 3).to(batch[0])) + 0.1 * self.head.weight.square().sum()
+
+
+class Weighted(Base):
+    """A class-weighted loss held as an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.criterion = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5]), label_smoothing=0.1)
+
+    def training_step(self, batch, batch_idx):
+        return 0.5 * self.criterion(self(batch[0]), batch[1])
+
+
+# kind, nu, outputs a sample
+STEPS = {
+    Classes: ("cross_entropy", 1 / N, 3),
+    Squares: ("squared", 6 / (3 * N), 3),
+    Summed: ("squared", 2.0, 3),
+    Tokens: ("cross_entropy", 1 / (3 * N), 12),
+    Formula: ("general", None, 10),
+    Twins: ("general", None, 6),
+    Shared: ("general", None, 3),
+    Viewed: ("general", None, 3),
+    TimeFirst: ("general", None, 6),
+    Noisy: ("squared", 2 / (3 * N), 3),
+    Contrastive: ("cross_entropy", 1 / N, N),
+    Weighted: ("cross_entropy", None, 3),
+}
+
+
+def observed(kind, at="", params=None, **options):
+    module = seeded(kind)
+    probe = Probe(*step_pair([X, Y]))
+    return module, probe, observe_step(ModelFunction(module, params=params), probe, at, **options)
+
+
+def gradient_norm(module, runner):
+    """|grad L|^2 of the step by plain autograd on the module's own parameters."""
+    with undisturbed(module):
+        loss = runner([X, Y])
+        grads = torch.autograd.grad(loss, list(module.parameters()))
+    return float(loss.detach()), float(sum(g.square().sum() for g in grads))
+
+
+@pytest.mark.parametrize("kind", STEPS, ids=lambda kind: kind.__name__)
+def test_the_step_is_measured_and_its_identities_close(kind):
+    module, probe, found = observed(kind)
+    expected_kind, nu, width = STEPS[kind]
+    assert found.loss.kind == expected_kind and found.gap < 1e-20 and warning_of_gap(found) == ""
+    if nu is not None:
+        assert found.loss.nu == pytest.approx(nu, rel=1e-12)
+    loss, norm = gradient_norm(module, found.outputs.runner)
+    op = NTKOperator(module, probe.inputs, outputs=found.outputs)
+    assert op.num_outputs == width
+    fixed = op.run(lambda: calibrate(found.loss, op.outputs, probe.targets))
+    instant = measure(module, probe, fixed, Settings(outputs=found.outputs, method="exact"))
+    assert found.outputs.interacting == (kind in (Noisy, Contrastive))
+    assert instant.loss == pytest.approx(loss, rel=1e-12)
+    assert instant.grad_norm_sq == pytest.approx(norm, rel=1e-12)
+    assert float(instant.budget.dissipation.sum()) == pytest.approx(norm, rel=1e-9)
+    if fixed.energy_is_loss:
+        assert float(instant.budget.energy.sum()) == pytest.approx(loss, rel=1e-9)
+    v = randn(op.shape[0], seed=3)
+    assert float(v @ (op @ v)) == pytest.approx(float(op.vjp(v).square().sum()), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", [Classes, Squares, Summed])
+def test_the_function_found_is_forward(kind):
+    """Kernel and residual are those of forward with the loss named by hand."""
+    module, probe, found = observed(kind)
+    assert torch.equal(NTKOperator(module, probe.inputs, outputs=found.outputs).outputs, module(X))
+    named = {"cross_entropy": nn.CrossEntropyLoss(), "squared": nn.MSELoss()}[found.loss.kind]
+    by_hand = measure(module, Probe(X, Y if kind is Classes else HOT), resolve_loss(named))
+    by_step = measure(module, probe, found.loss, Settings(outputs=found.outputs))
+    scale = by_step.loss / by_hand.loss
+    torch.testing.assert_close(by_step.eigenvalues, scale * by_hand.eigenvalues)
+    torch.testing.assert_close(by_step.state.residual.abs(), scale**0.5 * by_hand.state.residual.abs())
+
+
+def test_ten_times_a_squared_error_by_hand_is_calibrated():
+    class TenTimes(Base):
+        def training_step(self, batch, batch_idx):
+            return 10 * (self(batch[0]) - F.one_hot(batch[1], 3)).square().mean()
+
+    module, probe, found = observed(TenTimes)
+    op = NTKOperator(module, probe.inputs, outputs=found.outputs)
+    fixed = op.run(lambda: calibrate(found.loss, op.outputs, probe.targets))
+    assert fixed.kind == "squared" and fixed.nu == pytest.approx(20 / (3 * N), rel=1e-9)
+
+
+@pytest.mark.parametrize("at, width", [("head", 3), ("body", 7)])
+def test_a_submodule_can_be_named(at, width):
+    params = None if at == "head" else "body.*"
+    module, probe, found = observed(Classes, at, params)
+    op = NTKOperator(module, probe.inputs, outputs=found.outputs, params=params)
+    assert op.num_outputs == width and found.gap < 1e-20
+    assert torch.equal(op.outputs, module.get_submodule(at)(X if at == "body" else module.body(X)))
+
+
+def test_dependence_that_bypasses_the_function_is_told_with_its_size():
+    module, probe, found = observed(Penalty)
+    grads = torch.autograd.grad(0.1 * module.head.weight.square().sum(), module.head.weight)
+    loss, norm = gradient_norm(module, found.outputs.runner)
+    assert found.gap == pytest.approx(float(grads[0].square().sum()) / norm, rel=1e-9)
+    assert found.loss.kind == "squared" and found.direct == ["head.weight"]
+    message = warning_of_gap(found)
+    assert "but also on head.weight directly" in message and "give loss= a callable" in message
+    instant = measure(module, probe, found.loss, Settings(outputs=found.outputs))
+    assert instant.loss == pytest.approx(F.mse_loss(module(X), HOT).item(), rel=1e-12)  # what is measured closes
+    assert float(instant.budget.energy.sum()) == pytest.approx(instant.loss, rel=1e-9)
+    assert float(instant.budget.dissipation.sum()) == pytest.approx(instant.grad_norm_sq, rel=1e-9)
+
+
+def test_a_submodule_that_does_not_cut_is_told():
+    _, _, found = observed(Classes, "body")
+    assert 0.01 < found.gap < 1 and "head.weight" in found.direct
+    assert "the output of body alone" in warning_of_gap(found)
+
+
+def test_notes_and_description():
+    assert observed(Noisy)[2].notes == ["training_step draws random numbers: one fixed draw is measured"]
+    assert "interact" in observed(Contrastive)[2].notes[0]
+    lines = observed(Classes, why="no loss was found")[2].outputs.description
+    assert lines[0] == "training_step: the output of forward, what F.cross_entropy is given"
+    assert lines[1] == "because no loss was found" and lines[2].startswith("all dependence on the parameters passes")
+
+
+def test_single_precision_and_one_sample():
+    module = seeded(Classes, dtype=torch.float32)
+    probe = Probe(*step_pair([X.float()[:1], Y[:1]]))
+    found = observe_step(ModelFunction(module), probe)
+    instant = measure(module, probe, found.loss, Settings(outputs=found.outputs))
+    assert found.gap < 1e-12 and instant.num_samples == 1
+    assert float(instant.budget.dissipation.sum()) == pytest.approx(instant.grad_norm_sq, rel=1e-5)
+
+
+# ---- refusals ----
+
+
+class Without(Base):
+    training_step = None
+
+
+class Vector(Base):
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1], reduction="none")
+
+
+class Nothing(Base):
+    def training_step(self, batch, batch_idx):
+        return None
+
+
+class Detached(Base):
+    def training_step(self, batch, batch_idx):
+        return F.mse_loss(self(batch[0]).detach(), HOT)
+
+
+class OnlyPenalty(Base):
+    def training_step(self, batch, batch_idx):
+        return self.head.weight.square().sum()
+
+
+class Iterator(Base):
+    def training_step(self, dataloader_iter):
+        return None
+
+
+class Manual(Base):
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        return None
+
+
+@pytest.mark.parametrize(
+    "kind, at, message",
+    [
+        (Without, "", "Without has no training_step; give loss="),
+        (Manual, "", "Manual optimizes manually, so its training_step would move the parameters; give loss="),
+        (Iterator, "", "takes a dataloader_iter, not a batch"),
+        (Classes, "tail", "Classes has no submodule 'tail'; it has body, body.0, body.1, head"),
+    ],
+)
+def test_what_cannot_be_a_step_is_refused_before_any_data(kind, at, message):
+    with pytest.raises(ValueError, match=message):
+        check_step(seeded(kind), at)
+
+
+@pytest.mark.parametrize(
+    "kind, at, message",
+    [
+        (Vector, "", r"must return a scalar loss, or a dict with 'loss', got shape \(6,\)"),
+        (Nothing, "", "must return a scalar loss, or a dict with 'loss', got NoneType"),
+        (Detached, "", "loss does not depend on the measured parameters; name the submodule"),
+        (OnlyPenalty, "", "no output with one row per sample was found between parameters and loss"),
+    ],
+)
+def test_steps_without_a_function_are_refused(kind, at, message):
+    with pytest.raises(ValueError, match=message):
+        observed(kind, at)
+
+
+def test_a_submodule_off_the_way_is_refused():
+    class Aside(Classes):
+        def __init__(self):
+            super().__init__()
+            self.aside = nn.Linear(5, 2)
+
+        def training_step(self, batch, batch_idx):
+            self.aside(batch[0])
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(ValueError, match="what 'aside' returns does not reach the loss; name another submodule"):
+        observed(Aside, "aside")
+
+
+def test_names_and_batches():
+    assert step_name(None) is None and step_name(len) is None
+    assert step_name("training_step") == "" and step_name("training_step:net.head") == "net.head"
+    with pytest.raises(ValueError, match="outputs must be a function, 'training_step' or .* got 'f'"):
+        step_name("f")
+    assert batch_type({"x": X}) is None and batch_type([X]) is None
+    inputs, targets = step_pair([X, Y])
+    assert inputs is targets
+    probe = probe_from(step_source((X, Y)), 2)
+    assert probe.targets is probe.inputs and torch.equal(probe.inputs[0], X[:2])
+    with pytest.raises(ValueError, match="outputs='training_step' takes loss and batch as training_step has them"):
+        ShellDynamicsCallback(outputs="training_step", loss="mse")
+    with pytest.raises(ValueError, match="leave unpack= out"):
+        ShellDynamicsCallback(outputs="training_step", unpack=lambda batch: batch)
+
+
+# ---- in a Trainer ----
+
+
+class Lit(pl.LightningModule):
+    """No loss attribute, a batch of three, logging of every kind, a metric, a list of outputs, random numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.accuracy, self.seen = cases.bn_dropout(), MulticlassAccuracy(10), []
+
+    def training_step(self, batch, batch_idx):
+        x, weight, y = batch
+        logits = self.net(x.to(self.dtype) + 0.01 * torch.randn_like(x))
+        loss = (F.cross_entropy(logits, y, reduction="none") * weight).mean()
+        self.accuracy(logits, y)
+        self.log("accuracy", self.accuracy, on_step=True)
+        self.log("train_loss", loss)
+        self.logger.experiment.log_metrics({"by hand": loss.item()}, step=self.global_step)
+        self.seen.append(loss.item())
+        self.print("seen", len(self.seen))
+        return {"loss": loss, "log": self.logger.log_dir}
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+def triples():
+    x, y = cases.digits()
+    return cases.DataLoader(TensorDataset(x, 0.5 + torch.rand(len(x)), y), batch_size=16, shuffle=True)
+
+
+def fit(tmp_path, name, callbacks, make=Lit, data=triples, **options):
+    cases.seed()
+    module, loader = make(), data()
+    trainer = cases.fit(module, loader, tmp_path / name, callbacks, logger=CSVLogger(tmp_path / name), **options)
+    return module, cases.image(trainer, module)
+
+
+def test_a_plain_callback_measures_any_module_and_leaves_it_bit_identical(tmp_path, capsys):
+    module, plain = fit(tmp_path, "plain", [])
+    printed = capsys.readouterr().out
+    callback = ShellDynamicsCallback(every_n_steps=2, num_probe=8, on_error="raise")
+    measured, image = fit(tmp_path, "measured", [callback])
+    assert cases.differences(plain, image) == [] and measured.seen == module.seen
+    assert capsys.readouterr().out == printed
+    assert len(callback.history) == 5 and callback.monitor.num_failed == 0
+    assert "training_step: the output of net" in callback.monitor.report
+    assert "because loss='auto' found no nn.MSELoss" in callback.monitor.report
+    for snapshot in callback.history:
+        assert abs(snapshot.closures["dissipation"]) < 1e-5
+
+
+def test_forward_that_does_not_fit_the_batches_gives_way_to_the_step(tmp_path):
+    class Holds(Lit):
+        def __init__(self):
+            super().__init__()
+            self.criterion = nn.CrossEntropyLoss()
+
+    callback = ShellDynamicsCallback(every_n_steps=4, num_probe=8, on_error="raise")
+    fit(tmp_path, "holds", [callback], Holds)
+    assert "because probe: cannot tell inputs from targets in a list of 3 items" in callback.monitor.report
+
+
+def test_an_explicit_probe_and_the_penalty_warning(tmp_path):
+    class Decayed(Lit):
+        def training_step(self, batch, batch_idx):
+            penalty = 1e-2 * sum(p.square().sum() for p in self.parameters())
+            return super().training_step(batch, batch_idx)["loss"] + penalty
+
+    x, y = cases.digits(8)
+    callback = ShellDynamicsCallback(
+        every_n_steps=4, probe=(x, torch.ones(8), y), outputs="training_step:net", on_error="raise"
+    )
+    with pytest.warns(MeasurementWarning, match="not through the output of net, what .* but also on net.4.bias"):
+        fit(tmp_path, "decayed", [callback], Decayed)
+    assert callback.history[0].num_samples == 8
+    assert abs(callback.history[-1].closures["dissipation"]) < 1e-5
+
+
+def test_a_resumed_run_keeps_the_probe(tmp_path):
+    callback = ShellDynamicsCallback(every_n_steps=2, num_probe=8, on_error="raise")
+    cases.seed()
+    trainer = cases.fit(Lit(), triples(), tmp_path, [callback], max_epochs=1, logger=CSVLogger(tmp_path))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    again = ShellDynamicsCallback(every_n_steps=2, num_probe=8, on_error="raise")
+    cases.fit(
+        Lit(), triples(), tmp_path, [again], max_epochs=2, logger=CSVLogger(tmp_path), ckpt_path=tmp_path / "last.ckpt"
+    )
+    assert [s.step for s in again.history][:3] == [0, 2, 4] and len(again.history) > len(callback.history)
+    assert torch.equal(again.monitor.probe.inputs[0], callback.monitor.probe.inputs[0])
+    assert again.monitor.probe.targets is again.monitor.probe.inputs
+
+
+def test_mixed_batches_of_other_types_are_rebuilt(tmp_path):
+    from collections import UserDict
+
+    class Batch(UserDict):
+        pass
+
+    class Mapped(Lit):
+        def training_step(self, batch, batch_idx):
+            assert isinstance(batch, Batch)
+            return F.cross_entropy(self.net(batch["x"]), batch["y"])
+
+    def data():
+        x, y = cases.digits()
+        return DataLoader(list(zip(x, y)), 16, collate_fn=lambda rows: Batch(zip("xy", map(torch.stack, zip(*rows)))))
+
+    callback = ShellDynamicsCallback(every_n_steps=4, num_probe=20, on_error="raise")
+    fit(tmp_path, "mapped", [callback], Mapped, data)
+    assert callback.history[0].num_samples == 20
+    assert StepRunner(Mapped(), Batch).rebuild is Batch
