@@ -21,7 +21,7 @@ from grsd_callbacks.measure import Settings
 from grsd_callbacks.monitor import ShellMonitor, check_num_probe, make_schedule, warn_of_few_samples
 from grsd_callbacks.optimizer import step_size
 from grsd_callbacks.outlet import warn
-from grsd_callbacks.probe import Probe, probe_from, restored, unpack_batch
+from grsd_callbacks.probe import Probe, probe_from, restored, samples_wanted, unpack_batch
 from grsd_callbacks.sinks import JSONLinesSink, LoggerSink, Sink
 from grsd_callbacks.snapshot import Snapshot
 
@@ -32,8 +32,6 @@ except ImportError:
 
 _BASES = (_Callback,) if _OtherCallback is _Callback else (_Callback, _OtherCallback)
 
-#: m = samples x outputs that probe="auto" aims at, by device type
-PROBE_SIZE = {"cpu": 320, "cuda": 2048}
 #: strategies that shard parameters
 SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 #: file of JSON lines in the run's log folder
@@ -300,9 +298,8 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
     def _auto_probe(self, trainer: Any, pl_module: nn.Module, batch: Any) -> Probe:
         """Clones of the first batch's samples, or of the data set's where the batch has too few."""
         first = Probe(*self._unpack(batch)).check()
-        width = max(1, self._outputs(pl_module, first).numel() // first.num_samples)
-        size = PROBE_SIZE.get(_device(pl_module).type, PROBE_SIZE["cpu"])
-        wanted = self._num_probe or max(8, size // width)
+        width = self._outputs(pl_module, first).numel() // first.num_samples
+        wanted = self._num_probe or samples_wanted(width, _device(pl_module))
         probe = first if first.num_samples >= wanted else self._from_data_set(trainer, pl_module, first, wanted)
         warn_of_few_samples(self._num_probe, probe)
         return probe_from(probe, wanted)
