@@ -23,7 +23,7 @@ from grsd_callbacks.measure import Settings
 from grsd_callbacks.monitor import ShellMonitor, check_num_probe, make_schedule
 from grsd_callbacks.optimizer import step_size
 from grsd_callbacks.outlet import first_line, remedy, warn
-from grsd_callbacks.probe import Probe, concatenate, probe_from, restored, unpack_batch
+from grsd_callbacks.probe import Probe, concatenate, probe_from, restored, samples_wanted, unpack_batch
 from grsd_callbacks.sinks import JSONLinesSink, LoggerSink, Sink
 from grsd_callbacks.snapshot import Snapshot
 from grsd_callbacks.training_step import (
@@ -45,8 +45,6 @@ except ImportError:
 
 _BASES = (_Callback,) if _OtherCallback is _Callback else (_Callback, _OtherCallback)
 
-#: m = samples x outputs that probe="auto" aims at, by device type
-PROBE_SIZE = {"cpu": 320, "cuda": 2048}
 #: strategies that shard parameters
 SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 #: file of JSON lines in the run's log folder
@@ -444,9 +442,8 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         """The batch as a probe, and how many samples all ranks together are to have."""
         first = Probe(*self._reading(batch)).check()
         outputs = self._observed(pl_module, first, batch).outputs if self._step is not None else None
-        width = max(1, self._outputs(pl_module, first, outputs).numel() // first.num_samples)
-        size = PROBE_SIZE.get(_device(pl_module).type, PROBE_SIZE["cpu"])
-        return first, self._num_probe or max(8, size // width)
+        width = self._outputs(pl_module, first, outputs).numel() // first.num_samples
+        return first, self._num_probe or samples_wanted(width, _device(pl_module))
 
     def _from_data_set(self, trainer: Any, pl_module: nn.Module, first: Probe, wanted: int) -> Probe:
         """This rank's part of samples spread evenly over the training data, each once, prepared as Lightning does.

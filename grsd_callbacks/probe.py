@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader
 
 from grsd_callbacks.guard import preserve_object_rng, preserve_rng
 
+#: m = samples x outputs that a probe of our choice aims at, by device type
+PROBE_SIZE = {"cpu": 320, "cuda": 2048}
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 
 
@@ -77,6 +79,11 @@ def num_samples(tree: Any) -> int:
     raise ValueError(
         "probe inputs hold no tensor with a sample dimension: give (inputs, targets) with tensors of shape (n, ...)"
     )
+
+
+def samples_wanted(num_outputs: int, device: torch.device) -> int:
+    """Samples of a probe of our choice: so many that samples x outputs is `PROBE_SIZE`, at least 8."""
+    return max(8, PROBE_SIZE.get(device.type, PROBE_SIZE["cpu"]) // max(1, num_outputs))
 
 
 def take(tree: Any, index: Any, n: int) -> Any:

@@ -91,12 +91,20 @@ def summary_table(history: Sequence[Snapshot], fits: Mapping[str, PowerLawFit]) 
         "",
         *_closure_lines(history, fits),
         "",
-        f"cost: {len(history)} measurements, {last.cost.get('overhead_percent', math.nan):.2g} % of the training time",
+        _cost_line(history),
     ]
     failed = last.health.get("failed", 0.0)
     if failed:
         lines.append(f"failed measurements: {failed:.0f}")
     return "\n".join(lines)
+
+
+def _cost_line(history: Sequence[Snapshot]) -> str:
+    share = history[-1].cost.get("overhead_percent", math.nan)
+    if math.isfinite(share):
+        return f"cost: {len(history)} measurements, {share:.2g} % of the training time"
+    seconds = sum(s.cost.get("seconds", 0.0) for s in history)  # no training was seen: one measurement, or checkpoints
+    return f"cost: {len(history)} measurements, {seconds:.2g} s"
 
 
 def _shell_lines(first: Snapshot, last: Snapshot) -> list[str]:

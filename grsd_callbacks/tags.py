@@ -329,12 +329,16 @@ def emission(snapshot: Snapshot) -> Emission:
     )
 
 
+def meanings() -> list[tuple[str, str, str]]:
+    """Every tag with unit and meaning."""
+    rows = [(tag, spec.unit, spec.meaning) for tag, spec in TAGS.items()]
+    return rows + [(tag, unit, meaning) for tag, (unit, meaning) in {**TEMPLATES, **HISTOGRAMS, **FIGURES}.items()]
+
+
 def meaning_card() -> str:
     """Markdown table of every tag with unit and meaning (the text card `grsd_run/meaning`)."""
-    rows = [(tag, spec.unit, spec.meaning) for tag, spec in TAGS.items()]
-    rows += [(tag, unit, meaning) for tag, (unit, meaning) in {**TEMPLATES, **HISTOGRAMS, **FIGURES}.items()]
     lines = ["| tag | unit | meaning |", "|---|---|---|"]
-    lines += [f"| `{tag}` | {unit} | {meaning.replace('|', chr(92) + '|')} |" for tag, unit, meaning in rows]
+    lines += [f"| `{tag}` | {unit} | {meaning.replace('|', chr(92) + '|')} |" for tag, unit, meaning in meanings()]
     return "\n".join(lines)
 
 

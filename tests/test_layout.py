@@ -21,7 +21,7 @@ LEVELS = {
     8: {"sinks"},
     9: {"schedule", "outlet", "monitor"},
     10: {"callbacks", "cli"},
-    11: {"testing"},  # for our tests and our users'; no module may need it
+    11: {"__main__", "testing"},  # testing is for our tests and our users'; no module may need it
 }
 LEVEL = {module: level for level, modules in LEVELS.items() for module in modules}
 SAME_LEVEL = {  # functional enters the guard of level 0; these pairs stand on one level
@@ -37,6 +37,7 @@ SAME_LEVEL = {  # functional enters the guard of level 0; these pairs stand on o
     ("run", "trajectory"),
     ("monitor", "schedule"),
     ("monitor", "outlet"),
+    ("cli", "callbacks"),
 }
 IMPORT_NOTHING_OF_OURS = {"exponents", "testing"}
 
