@@ -114,6 +114,7 @@ class Emission:
         figures: By tag, a function without arguments that draws and returns a new matplotlib figure; called only by
             sinks that show figures, and closed by them.
         record: The full snapshot as JSON-able data, for the JSON lines.
+        fits: The run's final exponents as JSON-able data by name, for the JSON lines.
         layout: TensorBoard custom-scalars layout (`SummaryWriter.add_custom_scalars`); give it once in a run.
 
     Raises:
@@ -130,6 +131,7 @@ class Emission:
     texts: dict[str, str] = field(default_factory=dict)
     figures: dict[str, Callable[[], Figure]] = field(default_factory=dict)
     record: dict[str, Any] | None = None
+    fits: dict[str, Any] | None = None
     layout: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -98,8 +98,8 @@ class Outlet:
 
         def write() -> None:
             table = tags.preformatted(summary_table(history, fits))
-            scalars = tags.final_scalars(fits)
-            self._write(Emission(step=history[-1].step, scalars=scalars, texts={tags.SUMMARY: table}))
+            scalars, records = tags.final_scalars(fits), {name: asdict(fit) for name, fit in fits.items()}
+            self._write(Emission(history[-1].step, scalars, texts={tags.SUMMARY: table}, fits=records))
             self.sinks.flush()
 
         return self._attempt(write)

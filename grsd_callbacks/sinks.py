@@ -220,7 +220,7 @@ class LoggerSink:
 
 
 class JSONLinesSink:
-    """Append each emission to a file as one line of strict JSON: `step`, `scalars`, `texts` and the full `record`.
+    """Append each emission to a file as one line of strict JSON: `step`, `scalars`, `texts`, the full `record`, `fits`.
 
     Empty parts are left out. Floats keep all their digits; "nan", "inf" and "-inf" stand for what JSON lacks, and
     `read_json_lines` turns them back. Tensors and arrays in the record become lists. Each line is on the disk when
@@ -251,7 +251,8 @@ class JSONLinesSink:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             cut_torn_line(self.path)
         self._ends_in_newline = False
-        parts = {"scalars": emission.scalars, "texts": emission.texts, "record": emission.record}
+        names = ("scalars", "texts", "record", "fits")
+        parts = {name: getattr(emission, name) for name in names}
         append_json_line(self.path, emission.step, **{name: part for name, part in parts.items() if part})
         self._ends_in_newline = True
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten
 
 from grsd_callbacks import tags
 from grsd_callbacks.cli.loading import Subject
-from grsd_callbacks.cli.runlog import UsageError, as_run, read_json
+from grsd_callbacks.cli.runlog import UsageError, read_json
 from grsd_callbacks.json_lines import append_json_line, cut_torn_line, read_json_lines
 from grsd_callbacks.losses import Loss
 from grsd_callbacks.measure import BadState, measure
@@ -26,6 +26,7 @@ from grsd_callbacks.optimizer import NO_STEP_SIZE, StepSize
 from grsd_callbacks.report import summary_table
 from grsd_callbacks.run import Run
 from grsd_callbacks.snapshot import Snapshot
+from grsd_callbacks.trajectory import Trajectory
 
 FILE = "grsd.jsonl"
 SUFFIXES = (".ckpt", ".pt", ".pth")
@@ -264,8 +265,9 @@ def _restarted(subject: Subject, checkpoints: Sequence[Checkpoint], done: list[S
                 f"{checkpoints[k].path} now gives the loss {again.loss:.6g}, where it gave {done[k].loss:.6g}: the "
                 "model's code or the data have changed; give another --out"
             )
-    whole = as_run(done)
-    run.history, run.trajectory = whole.history, whole.trajectory
+    run.history, run.trajectory = list(done), Trajectory(frozen=run.trajectory.frozen)
+    for s in done:
+        run.trajectory.append(s.flow_time, s.loss, s.frozen_energy, s.health.get("frozen_coverage", 1.0))
     run.nominal = "flow time is nominal" if done[-1].health.get("nominal_flow_time") else ""
     return run
 

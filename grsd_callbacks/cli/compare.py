@@ -12,7 +12,7 @@ import numpy as np
 from grsd_callbacks.cli.runlog import EXPONENTS, RunLog, UsageError, find_run
 from grsd_callbacks.cli.tables import show_table
 from grsd_callbacks.exponents import Estimate, PowerLawFit, combine
-from grsd_callbacks.report import EXPONENT_NAMES
+from grsd_callbacks.report import ALWAYS, EXPONENT_NAMES
 from grsd_callbacks.snapshot import Snapshot
 from grsd_callbacks.tags import TAGS
 
@@ -95,10 +95,11 @@ def compare(paths: Sequence[Path]) -> None:
         print()
         show_table("shell energies at the end (loss)", ["shell from lambda", *names], shell_rows(runs))
     print()
-    rows = [[f"{n}  {EXPONENT_NAMES[n]}", *(estimate_text(fits.get(n)) for fits in found)] for n in EXPONENTS]
+    shown = [n for n in EXPONENTS if n in ALWAYS or any(estimate_text(f.get(n)) not in NONE for f in found)]
+    rows = [[f"{n}  {EXPONENT_NAMES[n]}", *(estimate_text(fits.get(n)) for fits in found)] for n in shown]
     show_table("exponents, 95 % intervals", ["", *names], rows)
     print()
-    show_table(f"differences from {names[0]}", ["", *names[1:]], _difference_rows(found))
+    show_table(f"differences from {names[0]}", ["", *names[1:]], _difference_rows(found, shown))
     print(
         "p: probability of such a difference by chance, corrected for the number of comparisons (Holm). The intervals "
         "speak for\nthe points of each run's window, not for other seeds: repeat runs before you believe a difference."
@@ -144,6 +145,10 @@ def labels(runs: Sequence[RunLog]) -> list[str]:
     return [f"{'/'.join(p[-2:])} ({k})" for k, p in enumerate(parts, start=1)]
 
 
+#: what stands for no value
+NONE = ("not available", "refused")
+
+
 def estimate_text(fit: Estimate | PowerLawFit | None) -> str:
     """Value with interval, and whether it deserves to be called an exponent."""
     if fit is None:
@@ -182,11 +187,13 @@ def _last(run: RunLog, tag: str) -> float:
     return TAGS[tag].value(run.history[-1]) if run.history else run.curves.get(tag, [(0, math.nan)])[-1][1]
 
 
-def _difference_rows(found: Sequence[dict[str, Estimate | PowerLawFit]]) -> list[list[str]]:
+def _difference_rows(
+    found: Sequence[dict[str, Estimate | PowerLawFit]], names: Sequence[str] = EXPONENTS
+) -> list[list[str]]:
     """One row an exponent, one column a run but the first."""
     cells: list[tuple[int, int, Difference]] = []
-    rows = [[name, *["-"] * (len(found) - 1)] for name in EXPONENTS]
-    for i, name in enumerate(EXPONENTS):
+    rows = [[name, *["-"] * (len(found) - 1)] for name in names]
+    for i, name in enumerate(names):
         for k, fits in enumerate(found[1:], start=1):
             if name in fits and name in found[0]:
                 cells.append((i, k, difference(found[0][name], fits[name])))

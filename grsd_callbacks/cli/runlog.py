@@ -5,19 +5,18 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from grsd_callbacks.exponents import Estimate, PowerLawFit
 from grsd_callbacks.json_lines import FIRST_BYTES, read_json_lines
-from grsd_callbacks.run import Run
+from grsd_callbacks.report import EXPONENT_NAMES
 from grsd_callbacks.snapshot import Snapshot
 from grsd_callbacks.tags import SUMMARY
-from grsd_callbacks.trajectory import Trajectory
 
 EVENTS = "tfevents"
-EXPONENTS = ("a", "q", "chi", "rho")
+EXPONENTS = tuple(EXPONENT_NAMES)
 _LOSS = re.compile(r"(grsd_(?:\w+_)?)loss/probe")
 
 Curves = dict[str, list[tuple[int, float]]]
@@ -35,6 +34,7 @@ class RunLog:
         name: what to call it.
         path: the file or folder it was read from.
         history: every measurement; empty where only event files are left.
+        final: exponents over the whole run, written at its end; empty where it was stopped before.
         curves: (step, value) pairs by tag, with the prefix `grsd_` whatever the run's own; event files only.
         texts, images: cards and PNG files by tag; event files only.
         notes: what was left out, and why.
@@ -43,14 +43,15 @@ class RunLog:
     name: str
     path: Path
     history: list[Snapshot] = field(default_factory=list)
+    final: dict[str, PowerLawFit] = field(default_factory=dict)
     curves: Curves = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     images: dict[str, bytes] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def fits(self) -> dict[str, PowerLawFit]:
-        """Exponents over the whole run, as the callback's own summary has them; needs the history."""
-        return as_run(self.history).final_exponents()
+        """Exponents over the whole run, as the callback's own summary has them; of a stopped run, its latest."""
+        return self.final or dict(self.history[-1].exponents)
 
     def estimates(self) -> dict[str, Estimate | PowerLawFit]:
         """Exponents with intervals: those of `fits`, or of curves the last drawn values (of q the first)."""
@@ -62,15 +63,6 @@ class RunLog:
             if all(tag in self.curves for tag in tags):
                 found[name] = Estimate(*(self.curves[tag][0 if name == "q" else -1][1] for tag in tags))
         return found
-
-
-def as_run(history: list[Snapshot]) -> Run:
-    """The run that a history belongs to, for its fits."""
-    trajectory = Trajectory()
-    for s in history:
-        coverage = s.health.get("frozen_coverage", 1.0)
-        trajectory.append(s.flow_time, s.loss, s.edges, s.frozen_energy, coverage)
-    return Run(history=list(history), trajectory=trajectory)
 
 
 def find_runs(path: Path) -> list[RunLog]:
@@ -120,10 +112,15 @@ def read_json(path: Path) -> RunLog:
         raise UsageError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
     notes = [] if path.read_bytes().endswith(b"\n") else ["the last line is half-written and was left out"]
     history: list[Snapshot] = []
+    final: dict[str, PowerLawFit] = {}
     dropped = 0
     for line in lines:
+        if "fits" in line:
+            final = {name: PowerLawFit(**fit) for name, fit in line["fits"].items()}
         if "record" not in line:
             continue
+        if not history or line["record"]["step"] > history[-1].step:
+            final = {}  # the run went on
         snapshot = _snapshot(line["record"], path)
         kept = [s for s in history if s.step < snapshot.step]
         dropped += sum(s.step > snapshot.step for s in history)
@@ -132,7 +129,7 @@ def read_json(path: Path) -> RunLog:
         notes.append(f"{dropped} measurements were made again by a resumed or a second run; the later ones count")
     if not history:
         raise UsageError(f"{path} holds no measurement: it is empty, or the run was stopped before its first one")
-    return RunLog(path.parent.name or path.stem, path, history, notes=notes)
+    return RunLog(path.parent.name or path.stem, path, history, final, notes=notes)
 
 
 def _snapshot(record: Any, path: Path) -> Snapshot:
@@ -192,7 +189,7 @@ def _named(runs: list[RunLog], root: Path) -> list[RunLog]:
         name = str(folder.relative_to(root)) if folder != root else root.resolve().name
         if sum((r.path.parent if r.path.is_file() else r.path) == folder for r in runs) > 1:
             name = f"{name}/{run.path.stem}" if run.path.is_file() else f"{name} {run.name}"
-        named.append(RunLog(name, run.path, run.history, run.curves, run.texts, run.images, run.notes))
+        named.append(replace(run, name=name))
     return named
 
 
