@@ -485,6 +485,7 @@ class ShellMonitor:
         identity = self._parameter_identity()
         if identity != self._identity:
             self._identity, self._plan = identity, None
+            self.team.forget()
             self.new_segment("parameters were replaced, frozen or unfrozen between measurements")
 
     # -- checkpoints -------------------------------------------------------------------------------------

@@ -269,6 +269,7 @@ class Team:
         self.group = group
         self.divided = group.size > 1
         self.rows = 0
+        self._plan = ProductPlan()  # what this rank has found out about its samples
         self.reason = ""
 
     @property
@@ -279,7 +280,9 @@ class Team:
     def operator(self, model: nn.Module, inputs: Any, **options: Any) -> NTKOperator:
         """The operator to measure with."""
         if self.divided:
-            return SharedOperator(self.group, self.rows, model, inputs, **options)
+            made = SharedOperator(self.group, self.rows, model, inputs, **options)
+            made.adopt(self._plan)
+            return made
         return NTKOperator(model, inputs, **options)
 
     def session(self, make: Callable[[], NTKOperator], lead: Callable[[NTKOperator], T]) -> tuple[Any, Any]:
@@ -316,6 +319,8 @@ class Team:
             if not entered:
                 self.group.all(False)
             raise
+        finally:
+            self._plan = op.plan if op.local is None else op.local.plan
 
     def settle(self, model: nn.Module, inputs: Any, **options: Any) -> None:
         """Find out once whether the samples of this model can be divided over ranks.
@@ -340,6 +345,10 @@ class Team:
         except Exception as error:  # the same on every rank
             self.reason = f"the model does not run on a part of the probe: {str(error).splitlines()[0][:100]}"
         self.divided = not self.reason
+
+    def forget(self) -> None:
+        """The model is another one than before: find out anew how to compute its products."""
+        self._plan = ProductPlan()
 
     def describe(self) -> str:
         """One line for the report; empty where there is one rank."""

@@ -101,7 +101,7 @@ def run(folder):
     with broken(rank, 1, "vjp", 8, torch.OutOfMemoryError("out of memory (made up)")):
         found["failing"] = monitored(folder / "failing", method="krylov", num_matvecs=6, num_density_matvecs=0)
     with broken(rank, 0, "__init__", 1, RuntimeError("no operator")):
-        found["off"] = monitored(folder / "off")
+        found["late"] = monitored(folder / "late")
     found["wrong use"] = message(folder / "wrong", loss="mse")
     pair = cases.digits()
     found["pair"] = monitored(folder / "pair", probe=(pair[0][:6], pair[1][:6]), work=False)

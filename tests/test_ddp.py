@@ -34,7 +34,7 @@ def ranks(tmp_path_factory):
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", ["exact", "krylov", "default", "failing", "off", "pair"])
+@pytest.mark.parametrize("name", ["exact", "krylov", "default", "failing", "late", "pair"])
 def test_training_is_bit_identical_on_both_ranks(ranks, name):
     for found in ranks:
         assert cases.differences(found["plain"], found[name]["image"]) == []
@@ -85,10 +85,11 @@ def test_a_failing_rank_fails_the_measurement_of_all(ranks):
     assert ranks[1]["failing"]["warnings"] == []
 
 
-def test_measuring_is_off_on_all_ranks_where_it_cannot_begin(ranks):
-    (warning,) = ranks[0]["off"]["warnings"]
-    assert "measuring is off for this run" in warning and "(RuntimeError: no operator)" in warning
-    assert ranks[1]["off"]["warnings"] == [] and [found["off"]["steps"] for found in ranks] == [[], []]
+def test_all_ranks_begin_later_where_one_cannot(ranks):
+    (warning,) = ranks[0]["late"]["warnings"]
+    assert "the model cannot be measured on the probe (RuntimeError: no operator)" in warning
+    assert ranks[1]["late"]["warnings"] == []
+    assert [(found["late"]["steps"], found["late"]["failed"]) for found in ranks] == [([1, 2], 1)] * 2
 
 
 def test_wrong_use_is_refused_on_all_ranks(ranks):

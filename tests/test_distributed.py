@@ -133,7 +133,7 @@ def test_a_failing_rank_fails_the_measurement_of_all(ranks, name):
         assert found[name]["failed"] == 1
         assert found[name]["steps"] == ranks[0][name]["steps"] and len(found[name]["steps"]) == 3
     (warning,) = ranks[0][name]["warnings"]
-    assert f"failed on rank {rank} ({type(error).__name__}: {error})" in warning and "on_error='raise'" in warning
+    assert f"failed on rank {rank} ({type(error).__name__}: {error})" in warning and "goes on unchanged" in warning
     assert ranks[1][name]["warnings"] == []
 
 
