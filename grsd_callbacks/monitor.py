@@ -152,22 +152,19 @@ class ShellMonitor:
         return found
 
     def _operator(self) -> NTKOperator:
-        settings = self.settings
-        return self.team.operator(
-            self.model,
-            self.probe.inputs,
-            params=settings.params,
-            outputs=settings.outputs,
-            dtype=settings.dtype,
-            memory_limit=settings.memory_limit,
-        )
+        return self.team.operator(self.model, self.probe.inputs, **self._function_options())
+
+    def _function_options(self) -> dict[str, Any]:
+        return {name: getattr(self.settings, name) for name in ("params", "outputs", "dtype", "memory_limit")}
 
     def _prepare(self) -> None:
         """Run the model once on the probe: wrong use fails here, before the first step, on every rank."""
-        self.team.settle(self._operator)
-        self.settings = replace(self.settings, method=self.team.group.share(self._prepare_here))
+        self.team.settle(self.model, self.probe.inputs, **self._function_options())
+        method, self.report = self.team.group.share(self._prepare_here)
+        self.settings = replace(self.settings, method=method)
 
-    def _prepare_here(self) -> str:
+    def _prepare_here(self) -> tuple[str, str]:
+        """The method that is chosen, and the report."""
         op = operator_for(self.model, self.probe, self.settings)
         outputs = op.outputs
         check_pair(self.loss, outputs, self.probe.targets)
@@ -179,8 +176,8 @@ class ShellMonitor:
             choice = choose_by_cost(op, products, self.settings.memory_limit)
             self.settings, reason = replace(self.settings, method=choice.method), choice.reason
         ranks = self.team.describe()
-        self.report = start_report(op, self.loss, self.settings, self.schedule.describe(), reason, ranks)
-        return self.settings.method
+        report = start_report(op, self.loss, self.settings, self.schedule.describe(), reason, ranks)
+        return self.settings.method, report
 
     @property
     def history(self) -> list[Snapshot]:
@@ -488,6 +485,7 @@ class ShellMonitor:
         identity = self._parameter_identity()
         if identity != self._identity:
             self._identity, self._plan = identity, None
+            self.team.forget()
             self.new_segment("parameters were replaced, frozen or unfrozen between measurements")
 
     # -- checkpoints -------------------------------------------------------------------------------------

@@ -27,13 +27,14 @@ from grsd_callbacks.gram import ROW_MEMORY, Gram
 from grsd_callbacks.gram.checks import TOTAL_TOLERANCE
 from grsd_callbacks.gram.division import partial_gram
 from grsd_callbacks.kernel import FORWARD_PATHS, NTKOperator
+from grsd_callbacks.losses import wide_dtype
 from grsd_callbacks.plan import ProductPlan
 from grsd_callbacks.probe import take
 
 T = TypeVar("T")
 _STOP, _VJP, _JVP, _PRODUCT, _GRAM, _OUTPUTS = range(6)
-#: bytes of parameter-sized vectors that a product over ranks holds at a time
-VECTOR_MEMORY = 2**28
+#: a message is a command, a number, and a vector v of m numbers
+_HEAD = 2
 
 
 class SharedOperator(NTKOperator):
@@ -48,7 +49,7 @@ class SharedOperator(NTKOperator):
     Accuracy: sums over samples are split into one sum a rank: equal to one process to rounding.
     """
 
-    def __init__(self, group: Group, model: nn.Module, inputs: Any, **options: Any) -> None:
+    def __init__(self, group: Group, rows: int, model: nn.Module, inputs: Any, **options: Any) -> None:
         super().__init__(model, inputs, **options)
         self.group = group
         self.samples = group.share_of(self.num_samples)
@@ -56,6 +57,12 @@ class SharedOperator(NTKOperator):
         if self.samples.stop > self.samples.start:
             self.local = NTKOperator(model, take(inputs, self.samples, self.num_samples), **options)
             self.local.function = self.function  # the same copies
+        wide = wide_dtype(self.device)
+        self._message = torch.zeros(_HEAD + rows, dtype=wide, device=self.device)  # command and v
+        self._sum = torch.zeros(max(rows, self.num_parameters) + 1, dtype=self.dtype, device=self.device)
+        self._vector = torch.zeros(self.num_parameters, dtype=self.dtype, device=self.device)
+        width = rows // self.num_samples
+        self._rows = slice(self.samples.start * width, self.samples.stop * width)
         self.error: Exception | None = None
         self.in_command = False
         self.is_shared = False
@@ -103,13 +110,11 @@ class SharedOperator(NTKOperator):
 
     def _commanded(self, code: int, V: Tensor, products: float) -> Tensor:
         path = 0 if code == _VJP else FORWARD_PATHS.index(self.choose_forward())
-        columns = V.reshape(len(V), -1)
-        width = max(1, VECTOR_MEMORY // (self.num_parameters * columns.element_size()))
         parts = []
-        for part in columns.split(width, dim=1):
-            parts.append(self._command(code, part.shape[1], path, part.contiguous()))
-            self.num_products += products * part.shape[1]
-        return torch.cat(parts, dim=1).reshape(-1, *V.shape[1:])
+        for column in V.reshape(len(V), -1).unbind(1):
+            parts.append(self._command(code, path, column))
+            self.num_products += products
+        return parts[0] if V.dim() == 1 else torch.stack(parts, dim=1)
 
     def exact_gram(self, *, memory_limit: int | None = None) -> Gram:
         """The exact kernel, terms divided over ranks; by rank zero alone where the parts do not fit or fail the check.
@@ -118,7 +123,7 @@ class SharedOperator(NTKOperator):
         """
         limit = memory_limit or ROW_MEMORY
         while True:
-            limits, gram = self._command(_GRAM, limit, 0)
+            limits, gram = self._command(_GRAM, limit)
             if gram is not None or min(limits) >= limit:
                 break
             limit = min(limits)  # memory ran out somewhere: the same terms for everyone
@@ -129,21 +134,25 @@ class SharedOperator(NTKOperator):
     def divides(self) -> bool:
         """Whether the outputs of the parts, each by its rank, are those of the whole probe."""
         whole = self.outputs
-        parts = self._command(_OUTPUTS, 0, 0).view_as(whole)
+        parts = self._command(_OUTPUTS).view_as(whole)
         eps = torch.finfo(whole.dtype).eps
         return torch.allclose(whole, parts, rtol=100 * eps**0.5, atol=eps**0.5, equal_nan=True)
 
-    def _command(self, code: int, number: int, path: int, payload: Tensor | None = None) -> Any:
+    def _command(self, code: int, number: int = 0, vector: Tensor | None = None) -> Any:
         self.in_command = True
-        self.group.integers([code, number, path, self.shape[0]])
-        result = self._execute(code, number, path, self.shape[0], payload)
+        self._message[0], self._message[1] = code, number
+        if vector is not None and code != _JVP:
+            self._message[_HEAD:] = vector
+        self.group.overwrite([self._message])
+        result = self._execute(code, number, vector)
         self.in_command = False
-        return result
+        return result.clone() if isinstance(result, Tensor) else result
 
     def stop(self) -> None:
         """End `serve` on the other ranks; without effect in the middle of a command, which only a dying run leaves."""
         if not self.in_command:
-            self.group.integers([_STOP, 0, 0, 0])
+            self._message[0] = _STOP
+            self.group.overwrite([self._message])
 
     # -- the other ranks ---------------------------------------------------------------------------------
 
@@ -154,11 +163,12 @@ class SharedOperator(NTKOperator):
             Exception: what this rank's own work ended with, after rank zero has stopped.
         """
         while True:
-            code, number, path, m = self.group.integers([0] * 4)
+            self.group.overwrite([self._message])
+            code, number = (int(x) for x in self._message[:_HEAD].tolist())
             if code == _STOP:
                 break
             with suppress(ElsewhereError):
-                self._execute(code, number, path, m)
+                self._execute(code, number)
         if self.error is not None:
             raise self.error
 
@@ -172,20 +182,50 @@ class SharedOperator(NTKOperator):
         with torch.no_grad():
             self.group.overwrite([t for t in self.function.copies if t.layout == torch.strided])
 
-    def _execute(self, code: int, number: int, path: int, m: int, payload: Tensor | None = None) -> Any:
+    def _execute(self, code: int, number: int, vector: Tensor | None = None) -> Any:
         if code == _GRAM:
             return self._gram(number)
+        rows = len(self._message) - _HEAD
         if code == _OUTPUTS:
-            return self.group.sum(self._step(lambda: self._spread(m, lambda op: op.outputs.reshape(-1, 1))))
-        rows = self.num_parameters if code == _JVP else m
-        V = self._step(lambda: self._empty(rows, number) if payload is None else payload)
-        self.group.overwrite([V])
+            return self._added(rows, self._rows, lambda op: op.outputs.reshape(-1))
         if code == _JVP:
-            return self.group.sum(self._step(lambda: self._jvp_part(V, path, m)))
-        W = self.group.sum(self._step(lambda: self._vjp_part(V, m)), everywhere=code == _PRODUCT)
-        if code == _VJP:
-            return W
-        return self.group.sum(self._step(lambda: self._jvp_part(W, path, m)))
+            if vector is not None:
+                self._vector.copy_(vector)
+            self.group.overwrite([self._vector])
+        else:
+            own = slice(_HEAD + self._rows.start, _HEAD + self._rows.stop)
+            pulled = self._added(
+                self.num_parameters, slice(None), lambda op: op.vjp(self._message[own]), everywhere=code == _PRODUCT
+            )
+            if code == _VJP:
+                return pulled
+            self._vector.copy_(pulled)
+        return self._added(rows, self._rows, lambda op: _along(op, number, self._vector))
+
+    def _added(
+        self, length: int, where: slice, part: Callable[[NTKOperator], Tensor], everywhere: bool = False
+    ) -> Tensor:
+        """Sum over ranks of vectors that each fills `where` it has something, in memory that the next sum will take.
+
+        One number more than they hold says whether a rank has failed.
+
+        Raises:
+            Exception: this rank's own failure, on rank zero; `ElsewhereError` where another rank's is seen.
+        """
+        total, error = self._sum[: length + 1], None
+        total.zero_()
+        try:
+            if self.local is not None:
+                total[:length][where] = part(self.local)
+        except Exception as caught:
+            error = caught
+            self.error = self.error or caught
+            total[length] = 1.0
+        total = self.group.sum(total, everywhere=everywhere)
+        if (everywhere or self.group.leads) and float(total[length]) > 0:
+            self.in_command = False  # all ranks have left the command
+            raise error if error is not None and self.group.leads else ElsewhereError()
+        return total[:length]
 
     def _step(self, function: Callable[[], T]) -> T:
         """This rank's own work; all ranks leave the command here if it fails on one of them."""
@@ -201,32 +241,6 @@ class SharedOperator(NTKOperator):
         self.in_command = False
         raise error if error is not None and self.group.leads else ElsewhereError()
 
-    def _vjp_part(self, V: Tensor, m: int) -> Tensor:
-        if self.local is None:
-            return torch.zeros(self.num_parameters, V.shape[1], dtype=self.dtype, device=self.device)
-        return self.local.vjp(V[self._rows(m)])
-
-    def _jvp_part(self, W: Tensor, path: int, m: int) -> Tensor:
-        def part(op: NTKOperator) -> Tensor:
-            op.adopt(replace(op.plan, path=FORWARD_PATHS[path]))
-            return op.jvp(W)
-
-        return self._spread(m, part, W.shape[1])
-
-    def _spread(self, m: int, part: Callable[[NTKOperator], Tensor], width: int = 1) -> Tensor:
-        """This rank's rows of an (m, width) matrix, zero elsewhere: the ranks' matrices add up to the whole."""
-        whole = torch.zeros(m, width, dtype=self.dtype, device=self.device)
-        if self.local is not None:
-            whole[self._rows(m)] = part(self.local)
-        return whole
-
-    def _rows(self, m: int) -> slice:
-        C = m // self.num_samples
-        return slice(self.samples.start * C, self.samples.stop * C)
-
-    def _empty(self, rows: int, columns: int) -> Tensor:
-        return torch.empty(rows, columns, dtype=self.dtype, device=self.device)
-
     def _gram(self, limit: int) -> tuple[list[int], Gram | None]:
         """The memory limit that each rank kept, and the kernel if all have planned the same parts."""
         group = self.group
@@ -234,6 +248,12 @@ class SharedOperator(NTKOperator):
         plans = group.gather((part.plan, part.memory_limit))
         fits = plans[0][0] is not None and all(plan == plans[0] for plan in plans)
         return [kept for _, kept in plans], part.total(group.sum(part.matrix)) if fits else None
+
+
+def _along(op: NTKOperator, path: int, w: Tensor) -> Tensor:
+    """J w by the path that rank zero has chosen."""
+    op.adopt(replace(op.plan, path=FORWARD_PATHS[path]))
+    return op.jvp(w)
 
 
 class Team:
@@ -248,6 +268,8 @@ class Team:
     def __init__(self, group: Group) -> None:
         self.group = group
         self.divided = group.size > 1
+        self.rows = 0
+        self._plan = ProductPlan()  # what this rank has found out about its samples
         self.reason = ""
 
     @property
@@ -258,7 +280,9 @@ class Team:
     def operator(self, model: nn.Module, inputs: Any, **options: Any) -> NTKOperator:
         """The operator to measure with."""
         if self.divided:
-            return SharedOperator(self.group, model, inputs, **options)
+            made = SharedOperator(self.group, self.rows, model, inputs, **options)
+            made.adopt(self._plan)
+            return made
         return NTKOperator(model, inputs, **options)
 
     def session(self, make: Callable[[], NTKOperator], lead: Callable[[NTKOperator], T]) -> tuple[Any, Any]:
@@ -295,17 +319,36 @@ class Team:
             if not entered:
                 self.group.all(False)
             raise
+        finally:
+            self._plan = op.plan if op.local is None else op.local.plan
 
-    def settle(self, make: Callable[[], NTKOperator]) -> None:
-        """Find out once whether the samples of this model can be divided over ranks."""
+    def settle(self, model: nn.Module, inputs: Any, **options: Any) -> None:
+        """Find out once whether the samples of this model can be divided over ranks.
+
+        Raises:
+            ValueError: the ranks do not train the same model.
+        """
         if not self.divided:
             return
+        self.rows = self.group.share(lambda: NTKOperator(model, inputs, **options).shape[0])
+        made = self.group.together(lambda: self.operator(model, inputs, **options))
+        layouts = self.group.gather([(tuple(t.shape), str(t.dtype)) for t in made.function.copies])
+        other = next((rank for rank, layout in enumerate(layouts) if layout != layouts[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"the model on rank {other} has other parameters or buffers than on rank 0; measure the same model on "
+                "every rank, or give distributed=False on the one that measures"
+            )
         try:
-            _, same = self.session(make, lambda op: isinstance(op, SharedOperator) and op.divides())
+            _, same = self.session(lambda: made, lambda op: isinstance(op, SharedOperator) and op.divides())
             self.reason = "" if self.group.share(lambda: same) else "samples are not independent of each other"
         except Exception as error:  # the same on every rank
             self.reason = f"the model does not run on a part of the probe: {str(error).splitlines()[0][:100]}"
         self.divided = not self.reason
+
+    def forget(self) -> None:
+        """The model is another one than before: find out anew how to compute its products."""
+        self._plan = ProductPlan()
 
     def describe(self) -> str:
         """One line for the report; empty where there is one rank."""

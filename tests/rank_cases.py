@@ -1,0 +1,316 @@
+"""What each of two ranks does in the tests of torch.distributed; run as a script, one process a rank.
+
+python rank_cases.py RANK SIZE STORE OUT: every case in turn, what it found in OUT/rank<RANK>.pt by case.
+"""
+
+import hashlib
+import random
+import sys
+import time
+import warnings
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import grsd_callbacks.functional as functional
+import grsd_callbacks.team as team_module
+from grsd_callbacks import ShellMonitor
+from grsd_callbacks.distributed import ElsewhereError, Group
+from grsd_callbacks.gram.division import partial_gram
+from grsd_callbacks.kernel import NTKOperator
+from grsd_callbacks.team import SharedOperator
+
+METHODS = {
+    "exact": {"method": "exact", "transfer": True},
+    "krylov": {"method": "krylov", "num_matvecs": 6, "num_density_matvecs": 4},
+    "randomized": {"method": "randomized", "num_matvecs": 6},
+}
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+
+
+# ---- what is trained ----
+
+
+def net(dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    layers = [nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Dropout(0.2)]
+    return nn.Sequential(*layers, nn.Linear(12, 3)).to(dtype)
+
+
+def data(dtype=torch.float64, n=21):
+    generator = torch.Generator().manual_seed(1)
+    return tuple(torch.randn(n, k, generator=generator, dtype=dtype) for k in (6, 3))
+
+
+def spread(model, rank):
+    """Running statistics that differ between ranks, as they do under DistributedDataParallel; rank zero's count."""
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm1d) and norm.running_mean is not None:
+            norm.running_mean += 0.1 * (rank + 1)
+
+
+def train(monitor, model, rank=0, size=1, num_steps=4, train_mode=False, pause=0.0):
+    """Full-batch descent, each rank on all samples, so that one process takes the same steps to rounding."""
+    parallel = nn.parallel.DistributedDataParallel(model) if size > 1 else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    dtype = next(model.parameters()).dtype
+    x, y = data(dtype)
+    model.train(train_mode)
+    for step in range(num_steps):
+        spread(model, rank)
+        if monitor is not None:
+            monitor.step(step, optimizer=optimizer)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(parallel(x), y).backward()
+        optimizer.step()
+        time.sleep(pause)
+    if monitor is not None:
+        monitor.finish()
+    return optimizer
+
+
+def measured(method, dtype, rank=0, size=1, num_samples=21):
+    """Snapshots of a run as plain data."""
+    model = net(DTYPES[dtype])
+    x, y = data(DTYPES[dtype])
+    probe = (x[:num_samples], y[:num_samples])
+    if rank:  # rank zero's probe counts
+        probe = (torch.zeros_like(x[:2]), torch.zeros_like(y[:2]))
+    monitor = ShellMonitor(model, "mse", probe, every_n_steps=2, on_error="raise", **METHODS[method])
+    train(monitor, model, rank, size)
+    return [snapshot.to_dict() for snapshot in monitor.history]
+
+
+def fingerprint(model, optimizer):
+    """Weights, buffers, optimizer state and generators, bit by bit."""
+    state = [{k: v.tolist() for k, v in model.state_dict().items()}, str(optimizer.state_dict())]
+    generators = [torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()]
+    return hashlib.sha256(repr([state, generators, [m.training for m in model.modules()]]).encode()).hexdigest()
+
+
+def trained(monitored, rank, size, **options):
+    """Fingerprint of a run in train mode, and its monitor."""
+    model = net()
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(rank)
+    monitor = ShellMonitor(model, "mse", data(), every_n_steps=1, **options) if monitored else None
+    return fingerprint(model, train(monitor, model, rank, size, num_steps=3, train_mode=True)), monitor
+
+
+# ---- faults ----
+
+
+@contextmanager
+def replaced(owner, name, value):
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def failing(original, on_call, error):
+    """The function, but one call of it raises."""
+    calls = 0
+
+    def function(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == on_call:
+            raise error
+        return original(*args, **kwargs)
+
+    return function
+
+
+def out_of_memory():
+    return torch.OutOfMemoryError("out of memory (made up)")
+
+
+#: name: (failing rank, owner, function, its call that fails, error, how the run measures)
+FAULTS = {
+    "rank 1, its part of J^T v": (1, NTKOperator, "vjp", 5, out_of_memory(), "krylov"),
+    "rank 1, its part of J w": (1, NTKOperator, "jvp", 7, RuntimeError("no product"), "krylov"),
+    "rank 1, its part of the kernel": (1, team_module, "partial_gram", 2, RuntimeError("no kernel"), "exact"),
+    "rank 1, making the operator": (1, SharedOperator, "__init__", 3, out_of_memory(), "exact"),
+    "rank 1, entering the guards": (1, functional, "undisturbed", 4, RuntimeError("no guard"), "exact"),
+    "rank 0, entering the guards": (0, functional, "undisturbed", 6, RuntimeError("no guard"), "exact"),
+    "rank 0, its part of J^T v": (0, NTKOperator, "vjp", 5, RuntimeError("no product"), "krylov"),
+    "rank 0, eigenvalues": (0, torch.linalg, "eigh", 2, torch.linalg.LinAlgError("no convergence"), "exact"),
+    "rank 0, its part of the kernel": (0, team_module, "partial_gram", 2, RuntimeError("no kernel"), "exact"),
+    "rank 0, making the operator": (0, SharedOperator, "__init__", 3, out_of_memory(), "krylov"),
+}
+
+
+def faulty(name, rank, size):
+    """One run in which one rank fails once."""
+    where, owner, function, on_call, error, method = FAULTS[name]
+    broken = failing(getattr(owner, function), on_call, error) if rank == where else getattr(owner, function)
+    with replaced(owner, function, broken), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        image, monitor = trained(True, rank, size, **METHODS[method])
+    return {
+        "fingerprint": image,
+        "failed": monitor.num_failed,
+        "steps": [s.step for s in monitor.history],
+        "warnings": [str(w.message) for w in caught],
+    }
+
+
+def raising(rank, size):
+    """on_error="raise" and errors of set-up reach every rank, with their own type."""
+    found = {}
+    x, y = data()
+    narrow = nn.Linear(6, 3 - rank).double()  # on rank 1 of another shape than the targets', which it does not look at
+    frozen = nn.Linear(6, 3).double().requires_grad_(rank == 0)
+    unpicklable = {"x": x, "f": lambda: None}
+    cases = {
+        "rank 1 has nothing to train": lambda: ShellMonitor(frozen, "mse", (x, y)),
+        "rank 0 has no probe": lambda: ShellMonitor(nn.Linear(6, 3), "mse", () if rank == 0 else (x, y)),
+        "the probe cannot be sent": lambda: ShellMonitor(nn.Linear(6, 3), "mse", (unpicklable, y)),
+        "another shape on rank 0": lambda: ShellMonitor(narrow, "mse", (x, y[:, :2])),
+    }
+    for name, function in cases.items():
+        try:
+            function()
+            found[name] = "nothing"
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    broken = failing(NTKOperator.vjp, 3, KeyError("made up")) if rank == 1 else NTKOperator.vjp
+    with replaced(NTKOperator, "vjp", broken):
+        try:
+            trained(True, rank, size, on_error="raise", **METHODS["krylov"])
+        except KeyError as error:
+            found["on_error"] = (str(error), error.rank)
+    return found
+
+
+# ---- other cases ----
+
+
+def timed(rank, size):
+    """The default schedule where rank 1 trains and measures at another speed."""
+    original = SharedOperator._gram
+
+    def slow(self, limit):
+        time.sleep(0.02 * rank)
+        return original(self, limit)
+
+    with replaced(SharedOperator, "_gram", slow):
+        model = net()
+        monitor = ShellMonitor(model, "mse", data(), total_steps=40, max_overhead=1.0 + 5 * rank, method="exact")
+        train(monitor, model, rank, size, num_steps=40, pause=0.002 + 0.01 * rank)
+    return [s.step for s in monitor.history], monitor.schedule.state_dict()["points"], monitor.schedule.decision
+
+
+def by_itself(rank):
+    """distributed=False: rank zero measures, rank 1 does not even have a monitor."""
+    if rank:
+        return []
+    model = net()
+    monitor = ShellMonitor(model, "mse", data(), every_n_steps=2, distributed=False, **METHODS["krylov"])
+    monitor.step(0, lr=0.1)
+    return monitor.history
+
+
+def interacting(rank, size):
+    """A net whose samples see each other is measured by rank zero alone."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 3)]
+    model = nn.Sequential(*layers).double()
+    monitor = ShellMonitor(model, "mse", data(), every_n_steps=2, on_error="raise", **METHODS["krylov"])
+    train(monitor, model, rank, size, num_steps=2)
+    return [s.to_dict() for s in monitor.history], monitor.report
+
+
+def shares(rank, size):
+    """What each rank has worked on, by its own counts."""
+    model = net()
+    monitor = ShellMonitor(model, "mse", data(), every_n_steps=1, on_error="raise", work=False, **METHODS["krylov"])
+    ops, make = [], monitor._operator
+    monitor._operator = lambda: ops.append(make()) or ops[-1]
+    monitor.step(0, lr=0.1)
+    function = ops[0].function
+    partial = partial_gram(function, monitor.probe.inputs, rank, size)
+    return ops[0].local.num_samples, ops[0].local.num_products, partial.matrix, partial.plan, monitor.report
+
+
+def collectives(rank, size):
+    """Each method of the group on its own."""
+    group = Group.current()
+    x = torch.full((3,), float(rank + 1), dtype=torch.float64)
+    mixed = [torch.full((2, 2), rank), torch.tensor(rank == 0), torch.full((5,), rank + 0.5, dtype=torch.bfloat16)]
+    mixed.append(torch.arange(2**21, dtype=torch.float64).view(2, -1).T + rank)  # large, and not contiguous
+    group.overwrite(mixed)
+    try:
+        group.together(lambda: 1 / rank)
+        raised = None
+    except ZeroDivisionError as error:
+        raised = (str(error), error.rank, error.__cause__ is None)
+    try:
+        group.together(lambda: (_ for _ in ()).throw(Odd(rank, "argument")))
+        odd = None
+    except Exception as error:
+        odd = f"{type(error).__name__}: {error}"
+    try:
+        group.together(lambda: (_ for _ in ()).throw(ElsewhereError() if rank == 0 else ValueError("mine")))
+        first = None
+    except Exception as error:
+        first = f"{type(error).__name__}: {error}"
+    return {
+        "sum": group.sum(x.clone(), everywhere=True).tolist(),
+        "all": [group.all(True), group.all(rank == 0)],
+        "overwritten": [t.double().sum().item() for t in mixed],
+        "integers": group.integers([7 + rank, rank]),
+        "share": group.share(lambda: {"rank": rank, "tensor": torch.ones(2)}),
+        "gather": group.gather(("rank", rank)),
+        "share_of": [group.share_of(n) for n in (0, 1, 5)],
+        "errors": [raised, odd, first],
+        "alone": Group(0, 1).together(lambda: rank),
+    }
+
+
+class Odd(Exception):
+    """Cannot be built from its text alone."""
+
+    def __init__(self, rank, argument):
+        super().__init__(f"odd {argument}")
+
+
+def run(rank, size):
+    """Every case."""
+    found = {"collectives": collectives(rank, size)}
+    for method in METHODS:
+        for dtype in DTYPES:
+            found[f"{method} {dtype}"] = measured(method, dtype, rank, size)
+    with replaced(SharedOperator, "share_copies", lambda op: None):
+        found["without the copies"] = measured("krylov", "float64", rank, size)
+    found["one sample"] = measured("krylov", "float64", rank, size, num_samples=1)
+    found["interacting"] = interacting(rank, size)
+    found["shares"] = shares(rank, size)
+    found["plain"] = trained(False, rank, size)[0]
+    for method in METHODS:
+        found[f"trained {method}"] = trained(True, rank, size, **METHODS[method])[0]
+    for name in FAULTS:
+        found[name] = faulty(name, rank, size)
+    found["raising"] = raising(rank, size)
+    found["timed"] = timed(rank, size)
+    found["by itself"] = [s.to_dict() for s in by_itself(rank)]
+    return found
+
+
+if __name__ == "__main__":
+    rank, size, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+    )
+    torch.save(run(rank, size), out / f"rank{rank}.pt")
+    dist.destroy_process_group()
