@@ -28,7 +28,7 @@ from grsd_callbacks.losses import wide_dtype
 from grsd_callbacks.probe import num_samples, take
 
 #: bytes of temporaries held at a time, by default
-ROW_MEMORY = 256 * 2**20
+ROW_MEMORY = 512 * 2**20
 _LEAST_MEMORY = 2**20
 
 

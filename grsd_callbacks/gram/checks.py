@@ -8,8 +8,9 @@ Both are linear in v, so a random v that passes proves them for every v, up to t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,23 +57,27 @@ def random_like(x: Tensor, seed: int) -> Tensor:
 def checked(record: Record, function: ModelFunction, memory_limit: int) -> tuple[Reference, Uses]:
     """J^T v, and the uses that pass both checks (layouts and active positions of their calls now settled).
 
-    Cost: one backward pass, and two more for every `memory_limit` bytes of gradients at the layers' outputs.
+    Cost: two backward passes for every `memory_limit` bytes of gradients at the layers' outputs.
     """
     v = random_like(record.outputs, 0)
     names = [name for name in function.parameters if name not in record.unused]
     leaves = [function.parameters[name] for name in names]
-    pulled = torch.autograd.grad(record.outputs, leaves, v, retain_graph=True, allow_unused=True)
-    gradients = {name: _dense(g, p) for name, g, p in zip(names, pulled, leaves)}
-    norm_sq = sum(float(g.to(wide_dtype(g.device)).square().sum()) for g in gradients.values())
     calls = list({call: None for pairs in record.uses.values() for call, _ in pairs if call.unchanged})
     itemsize = v.element_size()
+    gradients: dict[str, Tensor] = {}
     shares: dict[tuple[Call, str], tuple[Tensor, float]] = {}
-    for group in _groups(calls, memory_limit // (2 * itemsize)):
-        for call, g in _separate(record, v, group):
+    for group in _groups(calls, memory_limit // (2 * itemsize)) or [[]]:
+        wanted = [] if gradients else leaves  # with the first group, in one pass
+        edges: list[Any] = [call.output_edge for call in group]
+        pulled = torch.autograd.grad(record.outputs, [*edges, *wanted], v, retain_graph=True, allow_unused=True)
+        gradients.update({name: _dense(g, p) for name, g, p in zip(names, pulled[len(edges) :], wanted)})
+        for call, g in _separate(record, v, group, pulled):
             for role, name in call.names.items():
                 shape = function.parameters[name].shape
                 shares[call, role] = _pulled(call, role, g, len(v), shape, memory_limit // (4 * itemsize))
             _find_active(call, g)
+        del pulled
+    norm_sq = sum(float(g.to(wide_dtype(g.device)).square().sum()) for g in gradients.values())
     uses = {name: pairs for name, pairs in record.uses.items() if _rule_holds(pairs, shares, gradients[name])}
     return Reference(v, gradients, norm_sq), uses
 
@@ -96,17 +101,19 @@ def _dense(g: Tensor | None, parameter: Tensor) -> Tensor:
     return (g.to_dense() if g.layout != torch.strided else g).detach()
 
 
-def _separate(record: Record, v: Tensor, calls: list[Call]) -> Iterator[tuple[Call, Tensor]]:
-    """Calls whose rows belong to single samples, with their gradients, split by sample.
+def _separate(
+    record: Record, v: Tensor, calls: list[Call], plain: Sequence[Tensor | None]
+) -> Iterator[tuple[Call, Tensor]]:
+    """Calls whose rows belong to single samples, with their gradients `plain` of v, split by sample.
 
     Weighting the samples of v must weight their rows, and no others; this also finds the layout.
     """
+    if not calls:
+        return
     n = len(v)
     w = 1.5 + 0.5 * torch.tanh(random_like(v[:, 0], 1))
     edges = [call.output_edge for call in calls]
-    plain, weighted = (
-        torch.autograd.grad(record.outputs, edges, x, retain_graph=True, allow_unused=True) for x in (v, w[:, None] * v)
-    )
+    weighted = torch.autograd.grad(record.outputs, edges, w[:, None] * v, retain_graph=True, allow_unused=True)
     for call, g, other in zip(calls, plain, weighted):
         if g is None or other is None:
             continue
@@ -154,7 +161,11 @@ def _find_active(call: Call, g: Tensor) -> None:
     """Remember which positions have a gradient, where that saves something."""
     if call.T == 1 or not any(call.is_factored(role) for role in call.names):
         return
-    positions = (call.right(g) != 0).any(0).any(-1).flatten(0, 1).any(0)
-    active = torch.nonzero(positions).flatten()
-    if len(active) < call.T:
-        call.active = active
+    right = call.right(g)
+    idle = torch.nonzero((right[0, 0] == 0).all(-1).all(0)).flatten()  # for the first sample; few, as a rule
+    if not len(idle):
+        return
+    idle = idle[(right.index_select(3, idle) == 0).all(-1).flatten(0, 2).all(0)]
+    if len(idle):
+        active = torch.ones(call.T, dtype=torch.bool, device=g.device).index_fill_(0, idle, False)
+        call.active = torch.nonzero(active).flatten()

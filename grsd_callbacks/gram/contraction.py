@@ -18,7 +18,9 @@ from torch import Tensor
 
 #: triangle blocks smaller than this many rows cost more in calls than they save in multiplications
 _MIN_BLOCK = 40
-_MAX_BLOCKS = 8
+_MAX_BLOCKS = 12
+#: numbers of a sample's output gradients above which pairs of samples are multiplied one by one
+_LARGE_SAMPLE = 2**15
 
 
 class Accumulator:
@@ -91,6 +93,37 @@ class Accumulator:
     def positions(self, left: Callable[[slice], Tensor], right: Tensor, plus_one: bool) -> None:
         """K[ic, jd] += sum_tu (a_it . a_ju [+ 1]) (b_ict . b_jdu); left(slice) (k, T, p), right (n, C, T, q)."""
         T, q = right.shape[2:]
+        if self.width * T * q >= _LARGE_SAMPLE:
+            self._positions_by_sample(left, right, plus_one)
+        else:
+            self._positions_by_block(left, right, plus_one)
+
+    def _positions_by_sample(self, left: Callable[[slice], Tensor], right: Tensor, plus_one: bool) -> None:
+        """One sample against many, without a copy of anything pairwise; buffers are reused."""
+        C, T, q = right.shape[1:]
+        step = max(1, min(self.n, self.memory_limit // (2 * 8 * C * T * q)))
+        theirs, half = (self.matrix.new_empty(step, C, T, q) for _ in range(2))
+        mine = self.matrix.new_empty(C, T, q)
+        for start in range(0, self.n, step):
+            stop = min(start + step, self.n)
+            a = self._wide(left(slice(start, stop)))
+            theirs[: stop - start].copy_(right[start:stop])
+            for i in range(stop):
+                first = max(i - start, 0)  # pairs i <= j only
+                a_i = a[first] if i >= start else self._wide(left(slice(i, i + 1)))[0]
+                b_i = theirs[first] if i >= start else mine.copy_(right[i])
+                gram = torch.matmul(a_i, a[first:].mT)  # (j, t, u)
+                if plus_one:
+                    gram += 1
+                for j, pair in enumerate(gram, first):
+                    torch.bmm(pair.expand(C, T, T), theirs[j], out=half[j])
+                columns = slice((start + first) * C, stop * C)
+                others = half[first : stop - start].view(-1, T * q)
+                self.matrix[i * C : (i + 1) * C, columns].addmm_(b_i.view(C, T * q), others.T)
+
+    def _positions_by_block(self, left: Callable[[slice], Tensor], right: Tensor, plus_one: bool) -> None:
+        """Blocks of samples against each other: few calls."""
+        T, q = right.shape[2:]
         step = self._pair_block(T, q)
         for i in range(0, self.n, step):
             I = slice(i, min(i + step, self.n))  # noqa: E741
@@ -141,6 +174,15 @@ class Accumulator:
 
     def _blocks(self) -> Iterator[slice]:
         """Row ranges of whole samples for the block triangle."""
-        count = max(1, min(_MAX_BLOCKS, self.n * self.width // _MIN_BLOCK, self.n))
-        step = -(-self.n // count)
+        step = -(-self.n // _num_blocks(self.n, self.width))
         return (slice(i * self.width, min(i + step, self.n) * self.width) for i in range(0, self.n, step))
+
+
+def triangle(n: int, width: int) -> float:
+    """The share of m^2 that a symmetric product takes: half, the diagonal blocks, and a tenth for small products."""
+    count = _num_blocks(n, width)
+    return min(1.0, (count + 1) / (2 * count) + 0.1) if count < _MAX_BLOCKS else 0.6
+
+
+def _num_blocks(n: int, width: int) -> int:
+    return max(1, min(_MAX_BLOCKS, n * width // _MIN_BLOCK, n))

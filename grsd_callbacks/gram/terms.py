@@ -13,15 +13,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from grsd_callbacks.gram.contraction import triangle
 from grsd_callbacks.layers import Call, products
 
 if TYPE_CHECKING:
     from grsd_callbacks.gram.contraction import Accumulator
 
-#: an elementwise pass over a float64 entry costs about as much as this many multiplications inside a product
+# Costs in multiplications of one large float64 product, measured on one core (AVX-512) and alike for MKL elsewhere:
+#: an elementwise pass over a float64 entry
 _PASS = 8
-#: half of the multiplications, and what the diagonal blocks add
-_TRIANGLE = 0.56
+#: writing an entry of a row in float32 and again in float64
+_COPY = 30
+#: a multiplication in the float32 products of single samples that make explicit rows
+_ROW = 0.6
+#: a multiplication in the products of single samples' positions
+_SMALL = 1.8
 
 
 class Term:
@@ -113,19 +119,19 @@ class FactoredTerm(Term):
             self._rows(total, kept)
 
     def _rows(self, total: Accumulator, right: Tensor) -> None:
-        """Explicit rows, a few outputs q at a time, dropped after use."""
-        call, q = self.call, right.shape[-1]
-        per_sample = call.G * call.positions * call.p * right.element_size()
-        samples = max(1, min(self.n, total.memory_limit // per_sample))
-        left = call.left(slice(None), self.n) if samples == self.n else None
-        step = max(1, total.columns // (call.G * call.p))
+        """Explicit rows, some outputs q at a time, dropped after use."""
+        call, (n, width, *_, q) = self.call, right.shape
+        size = call.G * call.p * right.element_size()
+        samples = max(1, min(n, total.memory_limit // (2 * call.positions * size)))
+        left = call.left(slice(None), n) if samples == n else None
+        step = max(1, min(q, total.memory_limit // (n * width * size)))
         for start in range(0, q, step):
             part = right[..., start : start + step]
             if left is not None:
                 total.rows(products(part, left))
                 continue
-            chunks = [slice(i, i + samples) for i in range(0, self.n, samples)]
-            total.rows(torch.cat([products(part[s], call.left(s, self.n)) for s in chunks]))
+            chunks = [slice(i, i + samples) for i in range(0, n, samples)]
+            total.rows(torch.cat([products(part[s], call.left(s, n)) for s in chunks]))
 
 
 class DiagonalTerm(Term):
@@ -135,7 +141,7 @@ class DiagonalTerm(Term):
         self.uses, self.names, self.calls, self.leaves = uses, [name], [call for call, _ in uses], []
         self.n, self.kept = n, numel
         self.path = "bias" if uses[0][1] == "bias" else uses[0][0].path
-        self.operations = _TRIANGLE * (n * width) ** 2 * numel
+        self.operations = triangle(n, width) * (n * width) ** 2 * numel
         self._store = _Store(n, width)
 
     def take(self, samples: slice, columns: slice, g: dict[Call, Tensor], leaves: dict[str, Tensor]) -> None:
@@ -160,7 +166,7 @@ class SharedTerm(Term):
         self.uses, self.names, self.calls, self.leaves = uses, [name], [call for call, _ in uses], []
         self.n, self.shape, self.span = n, shape, span
         self.kept = len(range(*span.indices(shape[0]))) * shape[1:].numel()
-        self.operations = _TRIANGLE * (n * width) ** 2 * self.kept
+        self.operations = triangle(n, width) * (n * width) ** 2 * self.kept
         self._store = _Store(n, width)
 
     def take(self, samples: slice, columns: slice, g: dict[Call, Tensor], leaves: dict[str, Tensor]) -> None:
@@ -185,7 +191,7 @@ class LeafTerm(Term):
     def __init__(self, name: str, n: int, width: int, span: slice, numel: int) -> None:
         self.names, self.calls, self.leaves = [name], [], [name]
         self.span, self.kept = span, len(range(*span.indices(numel)))
-        self.operations = _TRIANGLE * (n * width) ** 2 * self.kept
+        self.operations = triangle(n, width) * (n * width) ** 2 * self.kept
         self._store = _Store(n, width)
 
     def take(self, samples: slice, columns: slice, g: dict[Call, Tensor], leaves: dict[str, Tensor]) -> None:
@@ -198,16 +204,18 @@ class LeafTerm(Term):
 
 
 def cheapest(call: Call, n: int, width: int) -> tuple[str, float]:
-    """The form with the fewest multiplications, and how many.
+    """The form that takes least, by measured rates, and its cost in multiplications of a large product.
 
-    rows: m^2 G p q; outer (T = 1): m^2 (q + 8) + n^2 p; positions: n^2 T^2 p + n m T^2 q + m^2 T q; halved by symmetry.
+    rows: m^2 G p q and m T G p q; outer (T = 1): m^2 (q + 8) + n^2 p; positions: n^2 T^2 p + n m T^2 q + m^2 T q; the
+    squares are halved by symmetry.
     """
     m, T, p, q = n * width, call.positions, call.p, call.q
-    rows = _TRIANGLE * m * m * call.G * p * q + m * T * call.G * p * q / 2
+    half = triangle(n, width)
+    rows = m * call.G * p * q * (half * m + _ROW * T + _COPY)
     if call.G > 1:
         return "rows", rows
-    outer = _TRIANGLE * (m * m * (q + _PASS) + n * n * p)
-    pairs = _TRIANGLE * (n * n * T * T * p + n * m * T * (T + _PASS) * q + m * m * T * q)
+    outer = half * (m * m * (q + _PASS) + n * n * p)
+    pairs = _SMALL * (n + 1) / (2 * n) * (n * n * T * T * p + n * m * T * (T + _PASS) * q + m * m * T * q)
     other = ("outer", outer) if T <= 1 else ("positions", pairs)
     return min(("rows", rows), other, key=lambda choice: choice[1])
 
