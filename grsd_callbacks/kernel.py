@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from grsd_callbacks.functional import ModelFunction, ParameterFilter
-from grsd_callbacks.gram import Gram, exact_gram
+from grsd_callbacks.gram import ROW_MEMORY, Gram, exact_gram
 from grsd_callbacks.memory import graph_memory, is_out_of_memory
 from grsd_callbacks.paths import FORWARD_PATHS, Products, dense
 from grsd_callbacks.plan import (
@@ -56,20 +56,21 @@ class NTKOperator:
         chunk_size: samples per graph; None takes as many as the memory bound allows. Chunks assume that samples do
             not interact (true in eval mode; where they do, all samples stay in one chunk). Results do not depend on
             it beyond rounding.
-        memory_limit: bytes that the graphs of products may hold; None is `graph_memory`. Smaller is slower. Where
-            memory runs out all the same, chunks are halved.
+        memory_limit: bytes that the graphs of products, or the temporaries of an exact kernel, may hold; None is
+            `graph_memory` and `ROW_MEMORY`. Smaller is slower. Where memory runs out all the same, chunks are halved.
         forward: how J w is computed: "auto" (checked and timed once), or one of `FORWARD_PATHS`.
         mode: "eval" or "train": the mode of the modules during the measurement.
 
     Attributes:
         shape: (m, m).   num_samples: n.   num_outputs: C.   num_parameters: P.   dtype, device.
+        memory_limit, gram_memory: the two bounds, bytes.
         num_products: J^T v and J w products so far, in units of kernel products (half each).
         plan: how products are computed, as far as it has been found out.
 
     Raises:
         ValueError, TypeError: model without trainable parameters, outputs that are not (n, ...), bad arguments.
 
-    Cost: set-up one forward, one backward and a trial on an eighth of the samples (1 to 2 gradients in all); then
+    Cost: set-up one forward, one backward and a trial on a sixteenth of the samples (1 to 2 gradients in all); then
         J^T v and J w 0.6 gradients each, with "forward" 1.1-1.4 for J w. Twice that for samples whose graphs do not
         fit. Memory: graphs up to the bound plus O(P + m) per vector.
 
@@ -108,11 +109,13 @@ class NTKOperator:
         if self.num_samples == 0:
             raise ValueError("inputs hold no samples: the leading dimension is 0")
         self.memory_limit = memory_limit or graph_memory(self.device)
+        self.gram_memory = memory_limit or ROW_MEMORY
         self.num_products = 0.0
         self.plan = ProductPlan()
         self._asked = None if forward == "auto" else forward
         self._asked_chunk = None if chunk_size is None else min(chunk_size, self.num_samples)
         self._kept: dict[int, Products] = {}
+        self._trial: Trial | None = None
         self._outputs: Tensor | None = None
 
     # -- sizes -------------------------------------------------------------------------------------------
@@ -210,12 +213,11 @@ class NTKOperator:
 
     def exact_gram(self, *, memory_limit: int | None = None) -> Gram:
         """As `gram`, with the paths and checks behind it."""
-        limits: dict[str, Any] = {} if memory_limit is None else {"memory_limit": memory_limit}
-        return exact_gram(self.function, self.inputs, **limits)
+        return exact_gram(self.function, self.inputs, memory_limit=memory_limit or self.gram_memory)
 
     def release(self) -> None:
         """Drop the retained graphs; the next product builds them again, at the same parameters."""
-        self._kept = {}
+        self._kept, self._trial = {}, None
 
     def run(self, function: Callable[[], T]) -> T:
         """Run `function` with the model guarded and the copies in place (one session for many products)."""
@@ -304,7 +306,7 @@ class NTKOperator:
 
     def _start(self) -> None:
         """Lean graphs if they are right, and the chunk size."""
-        trial = Trial(self.function, self.inputs, self.num_samples)
+        trial = self._trial = Trial(self.function, self.inputs, self.num_samples)
         if self.plan.lean is None:
             why = trial.lean_gap()
             refused = {**self.plan.refused, "lean": why} if why else self.plan.refused
@@ -332,9 +334,10 @@ class NTKOperator:
 
     def _choose(self, timed: bool) -> None:
         self.chunk_size  # noqa: B018  found before the path
-        trial = Trial(self.function, self.inputs, self.num_samples, rebuilt=not self._all_kept)
+        trial = self._trial or Trial(self.function, self.inputs, self.num_samples)
+        self._trial = None
         if self._asked is None:
-            self.plan = trial.choose(self.plan, timed=timed)
+            self.plan = trial.choose(self.plan, timed=timed, rebuilt=not self._all_kept)
             return
         gap = trial.gap(self._asked, bool(self.plan.lean))
         self.plan = replace(self.plan, path=self._asked, gap=gap)
@@ -360,6 +363,11 @@ class NTKOperator:
     def _chunks(self) -> list[slice]:
         n, size = self.num_samples, self.chunk_size
         return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+    def chunked(self, v: Tensor) -> list[tuple[Any, Tensor]]:
+        """Inputs and rows of v, shape (m,), of every chunk."""
+        inputs = [take(self.inputs, index, self.num_samples) for index in self._chunks()]
+        return list(zip(inputs, self._split(v), strict=True))
 
     def _split(self, v: Tensor) -> list[Tensor]:
         width = self.num_outputs

@@ -6,6 +6,7 @@ must obey v . J (J^T v) = |J^T v|^2.
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from grsd_callbacks.functional import ModelFunction
 from grsd_callbacks.losses import wide_dtype
@@ -24,12 +26,12 @@ from grsd_callbacks.probe import take
 T = TypeVar("T")
 #: largest allowed relative gap |v.Mv - |J^T v|^2| / |J^T v|^2 of a path, by dtype of the products
 ADJOINT_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-#: the trial takes this share of the samples, two at least
-TRIAL_SHARE = 8
+#: the trial takes one in so many samples, two at least
+TRIAL_SHARE = 16
 #: a path this many times the cost of J^T v is good enough to try no other
 GOOD_ENOUGH = 1.3
 #: and so is one faster than this (seconds): a choice by noise would make runs differ in rounding
-FAST_ENOUGH = 5e-3
+FAST = 5e-3
 #: products of several vectors are batched where overhead dominates, up to so many parameters and bytes of graphs:
 #: 2 to 5 times faster there, and up to 4 times slower for larger nets on a CPU
 BATCHED_PARAMETERS, BATCHED_BYTES = 2**15, 2**19
@@ -66,63 +68,60 @@ class Trial:
     Args:
         function: the model as a function of its parameters.
         inputs: the whole batch of n samples.
-        rebuilt: graphs are built again for every product (they do not all fit into memory), and times include it.
+
+    Cost: two forwards and backwards, one J^T z and one J w on the few samples where all is well.
     """
 
-    def __init__(self, function: ModelFunction, inputs: Any, n: int, *, rebuilt: bool = False) -> None:
-        self.function, self.rebuilt = function, rebuilt
+    def __init__(self, function: ModelFunction, inputs: Any, n: int) -> None:
+        self.function = function
         few = max(2, n // TRIAL_SHARE)
         self.inputs, self.num_samples = (inputs, n) if few >= n else (take(inputs, slice(0, few), n), few)
+        self._known = [*function.parameters.values(), *function.constants, *tree_leaves(inputs)]
+        self._saved = SavedBytes(self._known)
+        self._products: Products | None = None
+
+    def lean_gap(self) -> str:
+        """Why `lean_derivatives` may not be used; empty if J^T v is the same with them."""
+        expected = self._pull_back(Products(self.function, self.inputs, lean=False))
+        try:
+            found = self._pull_back(self._built(True))
+        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+            return _first_line(error)
+        if any((a is None) != (b is None) for a, b in zip(found, expected, strict=True)):
+            return "a parameter lost its gradient"
+        wrong = [_minus(a, b) for a, b in zip(found, expected, strict=True)]
+        gap = _norm(wrong) / max(_norm(expected), 1e-300)
+        return "" if gap <= ADJOINT_TOLERANCE.get(self.function.dtype, 1e-3) else f"J^T v differs by {gap:.1e}"
 
     def sample_bytes(self, lean: bool) -> float:
         """Bytes that the graphs of one sample hold, those of double backward included where there is one."""
-        known = [*self.function.parameters.values(), *self.function.constants]
-        with SavedBytes(known) as saved:
-            products = Products(self.function, self.inputs, lean=lean)
-            products.outputs  # noqa: B018  builds the graph
+        products = self._built(lean)
+        with self._saved:
             try:
                 products.pull()
             except (RuntimeError, NotImplementedError):  # no second derivative: the other paths hold one graph
                 pass
-        return saved.total / self.num_samples
+        return self._saved.total / self.num_samples
 
-    def lean_gap(self) -> str:
-        """Why `lean_derivatives` may not be used; empty if J^T v is the same with them."""
-        plain = Products(self.function, self.inputs, lean=False)
-        expected = plain.vjp(self._vector(plain.outputs))
-        try:
-            lean = Products(self.function, self.inputs)
-            found = lean.vjp(self._vector(lean.outputs))
-        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
-            return _first_line(error)
-        total = error_ = torch.zeros((), dtype=wide_dtype(self.function.device), device=self.function.device)
-        for a, b in zip(found, expected, strict=True):
-            if (a is None) != (b is None):
-                return "a parameter lost its gradient"
-            if a is not None and b is not None:
-                total = total + b.to(total).square().sum()
-                error_ = error_ + (a.to(total) - b.to(total)).square().sum()
-        gap = float((error_ / total.clamp_min(1e-300)).sqrt())
-        return "" if gap <= ADJOINT_TOLERANCE.get(self.function.dtype, 1e-3) else f"J^T v differs by {gap:.1e}"
-
-    def choose(self, plan: ProductPlan, *, timed: bool = True) -> ProductPlan:
+    def choose(self, plan: ProductPlan, *, timed: bool = True, rebuilt: bool = False) -> ProductPlan:
         """The plan with a path: the fastest right one, or untimed the first right one.
+
+        Args:
+            plan: what is known.
+            timed: whether speed matters.
+            rebuilt: graphs are built again for every product (they do not all fit), and times include it.
 
         Raises:
             RuntimeError: no path works.
         """
-        products, seconds = self._backward(bool(plan.lean))
-        v = self._vector(products.outputs)
-        w = products.vjp(v)
+        w, seconds = self._timed(lambda: self._pull_back(self._built(bool(plan.lean))))
         best: tuple[float, str, float] | None = None
         refused = dict(plan.refused)
         for path in FORWARD_PATHS:
-            if best is not None and (
-                path == "central" or not timed or best[0] <= max(GOOD_ENOUGH * seconds, FAST_ENOUGH)
-            ):
+            if best is not None and (path == "central" or not timed or best[0] <= max(GOOD_ENOUGH * seconds, FAST)):
                 break
             try:
-                spent, gap = self._attempt(products, path, v, w)
+                spent, gap = self._attempt(path, w, rebuilt, GOOD_ENOUGH * seconds)
             except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
                 refused[path] = _first_line(error)
                 continue
@@ -137,10 +136,7 @@ class Trial:
 
     def gap(self, path: str, lean: bool) -> float:
         """Relative gap |v.Mv - |J^T v|^2| / |J^T v|^2 of one path; a path that cannot work raises here."""
-        products = Products(self.function, self.inputs, lean=lean)
-        v = self._vector(products.outputs)
-        w = products.vjp(v)
-        return _gap(v, w, products.jvp(path, self._tangents(w)))
+        return self._attempt(path, self._pull_back(self._built(lean)), False, math.inf)[1]
 
     def interact(self) -> bool:
         """Whether outputs of the first half of the samples change when the others are left out."""
@@ -151,32 +147,51 @@ class Trial:
         eps = torch.finfo(whole.dtype).eps
         return not torch.allclose(whole[:half], part, rtol=100 * eps**0.5, atol=eps**0.5, equal_nan=True)
 
-    def _backward(self, lean: bool) -> tuple[Products, float]:
-        products = Products(self.function, self.inputs, lean=lean)
-        v = self._vector(products.outputs)
-        return products, timed(self.function.device, lambda: products.vjp(v))[1]
+    def _built(self, lean: bool) -> Products:
+        """The products of the trial; what their graphs hold is counted."""
+        if self._products is None or self._products.lean != lean:
+            products = Products(self.function, self.inputs, lean=lean)
+            self._saved = SavedBytes(self._known)
+            with self._saved:
+                products.outputs  # noqa: B018  builds the graph
+            self._products = products
+        return self._products
 
-    def _attempt(self, products: Products, path: str, v: Tensor, w: list[Tensor | None]) -> tuple[float, float]:
-        """(seconds, gap) of one product on a path."""
-        tangents = self._tangents(w)
+    def _pull_back(self, products: Products) -> list[Tensor | None]:
+        return products.vjp(self._vector(products.outputs))
+
+    def _attempt(self, path: str, w: list[Tensor | None], rebuilt: bool, good: float) -> tuple[float, float]:
+        """(seconds, gap) of one product on a path; timed again if it was slow the first time."""
+        products = self._products
+        assert products is not None
+        leaves = self.function.parameters.values()
+        tangents = [torch.zeros_like(p) if t is None else t.detach() for t, p in zip(w, leaves, strict=True)]
 
         def product() -> Tensor:
-            if self.rebuilt:
+            if rebuilt:
                 products.release()
             return products.jvp(path, tangents)
 
-        if path != "central" and not self.rebuilt:
-            product()  # builds the second graph; the first forward-mode call of a process loads decompositions
-        found, seconds = timed(self.function.device, product)
-        return seconds, _gap(v, w, found)
-
-    def _tangents(self, w: list[Tensor | None]) -> list[Tensor]:
-        leaves = self.function.parameters.values()
-        return [torch.zeros_like(p) if t is None else t.detach() for t, p in zip(w, leaves, strict=True)]
+        if path == "double_backward":
+            products.pull()
+        found, seconds = self._timed(product)
+        if good < seconds and path != "central":  # the first forward-mode call loads decompositions
+            seconds = min(seconds, self._timed(product)[1])
+        v, squared = self._vector(products.outputs), _norm(w) ** 2
+        wide = wide_dtype(v.device)
+        gap = abs(float(v.to(wide) @ found.to(wide)) - squared) / squared if squared > 0 else 0.0
+        return seconds, gap
 
     def _vector(self, outputs: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         return torch.randn(outputs.numel(), generator=generator, dtype=torch.float64).to(outputs)
+
+    def _timed(self, function: Callable[[], T]) -> tuple[T, float]:
+        synchronise(self.function.device)
+        start = time.perf_counter()
+        result = function()
+        synchronise(self.function.device)
+        return result, time.perf_counter() - start
 
 
 def overhead_dominates(device: torch.device, num_parameters: int, graph_bytes: float) -> bool:
@@ -196,24 +211,17 @@ def batching_is_right(one: Callable[[Tensor], Tensor], many: Callable[[Tensor], 
     return bool((found - alone).norm() <= ADJOINT_TOLERANCE.get(V.dtype, 1e-3) * alone.norm())
 
 
-def _gap(v: Tensor, w: list[Tensor | None], product: Tensor) -> float:
-    wide = wide_dtype(v.device)
-    parts = [t.to(wide).square().sum() for t in w if t is not None]
-    squared = float(torch.stack(parts).sum()) if parts else 0.0
-    return abs(float(v.to(wide) @ product.to(wide)) - squared) / squared if squared > 0 else 0.0
+def _norm(tensors: list[Tensor | None]) -> float:
+    given = [t for t in tensors if t is not None]
+    return float(torch.stack(torch._foreach_norm(given)).norm()) if given else 0.0
+
+
+def _minus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return None if a is None or b is None else a - b
 
 
 def _first_line(error: BaseException) -> str:
     return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-
-
-def timed(device: torch.device, function: Callable[[], T]) -> tuple[T, float]:
-    """The result and its wall-clock seconds."""
-    synchronise(device)
-    start = time.perf_counter()
-    result = function()
-    synchronise(device)
-    return result, time.perf_counter() - start
 
 
 def synchronise(device: torch.device) -> None:

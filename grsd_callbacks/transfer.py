@@ -177,8 +177,8 @@ def kernel_velocity(
         op: the operator J J^T at theta.
         parameter_velocity: dtheta/dt, shape (P,).
         vectors: V, shape (m, k); None is the identity (the whole m x m matrix).
-        method: "double_backward" (`V^T M' V = A^T B + B^T A` with A = J^T V and B = J'^T V by Hessian-vector
-            products, reverse over reverse; right through every layer norm) or "central" (two exact kernels in
+        method: "double_backward" (`V^T M' V = V^T J B + B^T J^T V` with B = J'^T V by Hessian-vector products,
+            reverse over reverse; right through every layer norm) or "central" (two exact kernels in
             float64); None takes "central" without vectors, else "double_backward".
 
     Returns:
@@ -187,7 +187,8 @@ def kernel_velocity(
     Raises:
         ValueError: wrong shapes or an unknown method.
 
-    Cost: double_backward: about 1.5 kernel products and 2 P floats a vector; central: two exact kernels.
+    Cost: double_backward: about two kernel products a vector and k m + O(P) numbers in all, graphs in the operator's
+        chunks; central: two exact kernels within the operator's memory limit.
 
     Accuracy: double_backward: rounding of the products' dtype; central: relative 1e-8 on smooth nets.
         On nets with kinks both leave out the flips of gates.
@@ -222,33 +223,34 @@ def kernel_velocity(
 
 
 def _double_backward(op: NTKOperator, velocity: Tensor, V: Tensor) -> Tensor:
-    leaves = list(op.function.parameters.values())
+    """V^T M' V = C + C^T with C = V^T J B, one vector after the other, so that two of P numbers are held at most."""
     tangents = op.unflatten(velocity.to(op.device, op.dtype))
-    pulled, moved = [], []
-    f = op.function.outputs(op.inputs)
+    V = V.to(op.device, torch.float64 if op.device.type != "mps" else torch.float32)
     if V.shape[1] == 0:
-        return torch.zeros(0, 0, dtype=torch.float64, device=op.device)
-    for v in V.to(f.dtype).unbind(1):
-        a = torch.autograd.grad(f, leaves, v.view_as(f), create_graph=True, allow_unused=True)
-        along = [(g * t).sum() for g, t in zip(a, tangents, strict=True) if g is not None and g.requires_grad]
-        b = (
-            torch.autograd.grad(torch.stack(along).sum(), leaves, retain_graph=True, allow_unused=True)
-            if along
-            else [None] * len(leaves)
-        )
-        pulled.append(op.flatten(list(a)))
-        moved.append(op.flatten(list(b)))
-    A, B = torch.stack(pulled, 1), torch.stack(moved, 1)
-    cross = _product(A, B)
+        return V.new_zeros(0, 0)
+    whole: list[Tensor] = []
+    images = [op.jvp(_moved_pull_back(op, tangents, v, whole)) for v in V.to(op.dtype).unbind(1)]
+    cross = V.T @ torch.stack(images, 1).to(V)
     return cross + cross.T
 
 
-def _product(A: Tensor, B: Tensor, rows: int = 2**16) -> Tensor:
-    """A^T B in float64, over blocks of rows so that no float64 copy of either is held."""
-    wide = torch.float64 if A.device.type != "mps" else torch.float32
-    total = torch.zeros(A.shape[1], B.shape[1], dtype=wide, device=A.device)
-    for a, b in zip(A.split(rows), B.split(rows), strict=True):
-        total += a.to(wide).T @ b.to(wide)
+def _moved_pull_back(op: NTKOperator, tangents: list[Tensor], v: Tensor, whole: list[Tensor]) -> Tensor:
+    """J'^T v, the Hessian-vector product of v . f along the velocity, shape (P,).
+
+    `whole` keeps f for the next vector where all samples are in one chunk.
+    """
+    leaves = list(op.function.parameters.values())
+    total = torch.zeros(op.num_parameters, dtype=op.dtype, device=op.device)
+    for inputs, part in op.chunked(v):
+        f = whole[0] if whole else op.function.outputs(inputs)
+        if part.numel() == v.numel():
+            whole[:] = [f]
+        pulled = torch.autograd.grad(f, leaves, part.view_as(f), create_graph=True, allow_unused=True)
+        along = [(g * t).sum() for g, t in zip(pulled, tangents, strict=True) if g is not None and g.requires_grad]
+        if along:
+            total += op.flatten(
+                list(torch.autograd.grad(torch.stack(along).sum(), leaves, retain_graph=True, allow_unused=True))
+            )
     return total
 
 
@@ -265,7 +267,7 @@ def _central(op: NTKOperator, velocity: Tensor) -> Tensor:
 def shifted_gram(op: NTKOperator, velocity: Tensor, h: float) -> Tensor:
     """The exact J J^T at theta + h theta', in float64 (the module itself is not touched)."""
     function = op.function.moved(_split(op, velocity), h, dtype=torch.float64)
-    return exact_gram(function, op.inputs).matrix
+    return exact_gram(function, op.inputs, memory_limit=op.gram_memory).matrix
 
 
 def kink_gap(op: NTKOperator, change: Tensor, velocity: Tensor) -> float:

@@ -63,7 +63,7 @@ def test_sample_bytes_are_measured():
     op = NTKOperator(model, randn(64, 100), forward="double_backward")
     op @ torch.ones(64)
     least = 8 * 2 * 400  # tanh's result and its gradient
-    assert least <= op.plan.sample_bytes <= 8 * (5 * 400 + 2 * 100)
+    assert least <= op.plan.sample_bytes <= 2 * least
 
 
 class Limited(nn.Module):
@@ -190,7 +190,7 @@ def test_the_trial_takes_few_samples(monkeypatch):
     built = spied(monkeypatch)
     op = NTKOperator(model, x)
     op @ torch.ones(192)
-    assert built.count(64) == 1 and set(built) == {8, 64}
+    assert built.count(64) == 1 and set(built) == {4, 64} and built.count(4) == 2
     assert isinstance(op.plan, ProductPlan)
 
 
