@@ -21,6 +21,7 @@ from grsd_callbacks.guard import DisturbedTraining, preserve_object_rng, undistu
 from grsd_callbacks.losses import Loss, check_pair, resolve_loss
 from grsd_callbacks.measure import Settings
 from grsd_callbacks.monitor import ShellMonitor, check_num_probe, make_schedule
+from grsd_callbacks.observation import check_observe, choose_observe
 from grsd_callbacks.optimizer import step_size
 from grsd_callbacks.outlet import first_line, remedy, warn
 from grsd_callbacks.probe import Probe, concatenate, probe_from, restored, samples_wanted, unpack_batch
@@ -105,6 +106,11 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         outputs: function from the model's raw output to the tensor (n, ...) that the loss takes; or "training_step":
             run the module's own, and take as function what its loss is a function of ("training_step:NAME": what the
             submodule NAME returns). Then a probe is a batch, as training_step takes it.
+        observe: what of the outputs is measured: None (all of them); "loss_gradient" or "root_loss" (one number a
+            sample, from its loss); "projection" (a fixed random one, to `num_projections` numbers a sample); "auto":
+            all of them, but the loss gradients where there are more than 4,096 and the loss is a mean squared error or
+            a cross-entropy. See `grsd_callbacks.observation` for what the numbers then mean.
+        num_projections: see `observe`.
         unpack: function from a batch to (inputs, targets), where they cannot be told apart.
         nu: scale of the kernel for general losses (`resolve_loss`).
         dtype: "float32" or "float64" for the measurement; None: the parameters' own, at least float32.
@@ -143,6 +149,8 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         transfer: bool = False,
         params: str | list[str] | None = None,
         outputs: str | Callable[[Any], Tensor] | None = None,
+        observe: str | None = "auto",
+        num_projections: int = 16,
         unpack: Callable[[Any], tuple[Any, Any]] | None = None,
         nu: float | None = None,
         dtype: str | torch.dtype | None = None,
@@ -160,6 +168,8 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         if name and not name.replace("_", "").isalnum():
             raise ValueError(f"name must consist of letters, digits and underscores, got {name!r}")
         check_num_probe(num_probe)
+        check_observe(observe, num_projections)
+        self._observe, self._num_projections = observe, num_projections
         self._step_asked = step_name(outputs)
         if self._step_asked is not None and (loss != "auto" or unpack is not None):
             given = "loss=" if loss != "auto" else "unpack="
@@ -408,6 +418,8 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
             figures=self._figures,
             writer=self._sinks,
             on_error=self._on_error,
+            observe=self._observe,
+            num_projections=self._num_projections,
             nu=self._nu,
             prefix=f"grsd_{self.name}_" if self.name else "grsd_",
             **self._schedule,
@@ -441,9 +453,16 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
     def _first_batch(self, pl_module: nn.Module, batch: Any) -> tuple[Probe, int]:
         """The batch as a probe, and how many samples all ranks together are to have."""
         first = Probe(*self._reading(batch)).check()
-        outputs = self._observed(pl_module, first, batch).outputs if self._step is not None else None
+        found = self._observed(pl_module, first, batch) if self._step is not None else None
+        outputs, loss = (found.outputs, found.loss) if found is not None else (None, self._resolved)
+        assert loss is not None
         width = self._outputs(pl_module, first, outputs).numel() // first.num_samples
-        return first, self._num_probe or samples_wanted(width, _device(pl_module))
+        wanted = self._num_probe or samples_wanted(width, _device(pl_module))
+        how = choose_observe(self._observe, loss, wanted * width)
+        if how is not None and self._num_probe is None:  # a sample is one row now, or a few
+            kept = self._num_projections if how == "projection" else 1
+            wanted = min(samples_wanted(kept, _device(pl_module)), first.num_samples * self._group.size)
+        return first, wanted
 
     def _from_data_set(self, trainer: Any, pl_module: nn.Module, first: Probe, wanted: int) -> Probe:
         """This rank's part of samples spread evenly over the training data, each once, prepared as Lightning does.

@@ -132,7 +132,7 @@ class ModelFunction:
     def raw(self, inputs: Any, parameters: dict[str, Tensor] | None = None) -> Any:
         """The module's own output on `inputs` at `parameters` (default: the copies). Call inside `run`."""
         inputs = tree_map(self._as_input, inputs)
-        call = getattr(self.extract, "call", _call_model)  # what is observed may be more than the model's own call
+        call = getattr(self.extract, "call", call_model)  # what is observed may be more than the model's own call
         if parameters is None:
             return call(self.model, inputs)
         return self._call(parameters, lambda: call(self.model, inputs))
@@ -207,7 +207,8 @@ def _working_dtype(parameters: Iterable[Tensor]) -> torch.dtype:
     return torch.float64 if all(p.dtype == torch.float64 for p in parameters) else torch.float32
 
 
-def _call_model(model: nn.Module, inputs: Any) -> Any:
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """The module's own call: mappings are keyword arguments, tuples and lists positional ones."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     if isinstance(inputs, (tuple, list)):

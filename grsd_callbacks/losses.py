@@ -45,15 +45,24 @@ class Loss:
         kind: "squared" (shell energies sum to the loss), "cross_entropy" (they sum to half the Brier
             score) or "general" (no such meaning; dissipation still sums to the squared gradient norm).
         nu: a fixed scale, or None to derive it from the probe (see `scale`).
+        meaning: of energies and dissipation, in words, where the kind does not say it.
     """
 
     function: Callable[[Any, Any], Tensor]
     kind: str
     nu: float | None = None
+    meaning: str = ""
+
+    @property
+    def closes(self) -> bool:
+        """Whether the dissipation sums to |grad L|^2."""
+        return True
 
     @property
     def energy_meaning(self) -> str:
         """What the shell energies sum to, in words."""
+        if self.meaning:
+            return self.meaning
         if self.kind == "squared":
             return "shell energies sum to the loss"
         f = self.function
@@ -99,6 +108,8 @@ class Loss:
 
     def target_vector(self, outputs: Tensor, targets: Any) -> Tensor | None:
         """What the outputs should become, shape (m,): the targets, or class indicators centred over classes."""
+        if getattr(self.function, "takes_targets_as_they_are", False):
+            return None
         if self.kind == "squared" and isinstance(targets, Tensor) and targets.shape == outputs.shape:
             return targets.reshape(-1)
         if self.kind != "cross_entropy" or not isinstance(targets, Tensor):

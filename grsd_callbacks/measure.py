@@ -87,6 +87,7 @@ class Instant:
         budget: shell contents.
         eigenvalues, weights: see `Snapshot`.
         summary, health, cost, paths: see `Snapshot`.
+        closes: whether the dissipation sums to grad_norm_sq.
         images: [M z, H M H z] of the fixed random unit vector z, shape (m, 2), H centring; None on the exact path.
     """
 
@@ -102,6 +103,7 @@ class Instant:
     weights: Tensor | None
     summary: dict[str, float]
     images: Tensor | None = None
+    closes: bool = True
     health: dict[str, float] = field(default_factory=dict)
     cost: dict[str, float] = field(default_factory=dict)
     paths: dict[str, str] = field(default_factory=dict)
@@ -198,6 +200,7 @@ def _measured(
         nu=r.nu,
         num_samples=op.num_samples,
         num_outputs=op.num_outputs,
+        closes=loss.closes,
         health=health,
         **found,
     )

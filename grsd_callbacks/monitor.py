@@ -17,11 +17,13 @@ from torch.optim import Optimizer
 
 from grsd_callbacks.distributed import Group, failed_rank
 from grsd_callbacks.exponents import PowerLawFit
+from grsd_callbacks.functional import ModelFunction
 from grsd_callbacks.guard import DisturbedTraining
 from grsd_callbacks.kernel import NTKOperator
 from grsd_callbacks.losses import Loss, calibrate, check_pair, resolve_loss
 from grsd_callbacks.measure import Instant, Settings, measure_with_operator, operator_for
 from grsd_callbacks.method import choose_by_cost
+from grsd_callbacks.observation import check_observe, observed
 from grsd_callbacks.optimizer import NO_STEP_SIZE, StepSize, step_size
 from grsd_callbacks.outlet import Outlet, first_line, remedy, warn
 from grsd_callbacks.plan import ProductPlan
@@ -56,6 +58,9 @@ class ShellMonitor:
         writer: where values go: a SummaryWriter, logger, path, sink, or a list of them; None keeps `history` only.
         on_error: "warn" (a failed measurement is one warning) or "raise".
         nu: scale of the kernel for general losses, see `resolve_loss`.
+        observe: what of the outputs is measured, see `observation`: None (all), "auto", "loss_gradient", "root_loss" or
+            "projection" (to `num_projections` numbers a sample).
+        num_projections: see `observe`.
         unpack: how to read a loader's batch as (inputs, targets).
         prefix: what tags begin with, to tell several monitors apart.
         distributed: where torch.distributed is initialised, divide each measurement over all ranks: every rank then
@@ -105,6 +110,8 @@ class ShellMonitor:
         writer: Any = None,
         on_error: str = "warn",
         nu: float | None = None,
+        observe: str | None = "auto",
+        num_projections: int = 16,
         unpack: Callable[[Any], tuple[Any, Any]] | None = None,
         prefix: str = "grsd_",
         distributed: bool = True,
@@ -113,12 +120,16 @@ class ShellMonitor:
         if on_error not in ("warn", "raise"):
             raise ValueError(f"on_error must be 'warn' or 'raise', got {on_error!r}")
         check_num_probe(num_probe)
+        check_observe(observe, num_projections)
         self.model = model
         self.settings = Settings(**settings)
         self.loss: Loss = resolve_loss(loss, nu)
+        self._observing = (observe, num_projections, self.loss, self.settings)
+        self._is_reduced = False
         self.schedule = make_schedule(every_n_steps, max_overhead, total_steps, per_decade, pair)
         self.team = Team(Group.current() if distributed else Group())
-        self.probe: Probe = self._whole_probe(probe, num_probe, unpack)
+        self.samples: Probe = self._whole_probe(probe, num_probe, unpack)
+        self.probe: Probe = self.samples
         self.outlet = Outlet(writer if self.team.leads else None, prefix, on_error, quiet=not self.team.leads)
         self.on_error = on_error
         self.pair = pair
@@ -159,9 +170,22 @@ class ShellMonitor:
 
     def _prepare(self) -> None:
         """Run the model once on the probe: wrong use fails here, before the first step, on every rank."""
+        self.team.group.together(self._observe)
         self.team.settle(self.model, self.probe.inputs, **self._function_options())
         method, self.report = self.team.group.share(self._prepare_here)
         self.settings = replace(self.settings, method=method)
+
+    def _observe(self) -> None:
+        """Fewer numbers a sample in the stead of the outputs, where they are too many."""
+        observe, num_projections, loss, settings = self._observing
+        self.probe, self.loss, self.settings = self.samples, loss, replace(settings, method=self.settings.method)
+        if observe is None:
+            return
+        function = ModelFunction(self.model, params=settings.params, outputs=settings.outputs, dtype=settings.dtype)
+        found = observed(function, self.probe, loss, observe, num_projections=num_projections, seed=settings.seed)
+        self.probe, self.loss = found.probe, found.loss
+        self.settings = replace(self.settings, outputs=found.outputs)
+        self._is_reduced = found.outputs is not settings.outputs
 
     def _prepare_here(self) -> tuple[str, str]:
         """The method that is chosen, and the report."""
@@ -494,7 +518,7 @@ class ShellMonitor:
         """Everything a resumed run needs, as tensors and plain types (loads with weights_only=True)."""
         running = time.perf_counter() - self._started if self._started is not None else 0.0
         return {
-            "probe": {"inputs": plain_leaves(self.probe.inputs), "targets": plain_leaves(self.probe.targets)},
+            "probe": {"inputs": plain_leaves(self.samples.inputs), "targets": plain_leaves(self.samples.targets)},
             "run": self.run.state_dict(),
             "schedule": self.schedule.state_dict(),
             "method": self.settings.method,
@@ -507,7 +531,11 @@ class ShellMonitor:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue a run: same probe, shells, frozen basis and history; the first flux after it is NaN."""
         device = next(self.model.parameters()).device
-        self.probe = restored(self.probe, state["probe"]).to(device)
+        self.samples = restored(self.samples, state["probe"]).to(device)
+        if self._is_reduced:
+            self.team.group.together(self._observe)
+        else:
+            self.probe = self.samples
         self.run = Run.from_state(state["run"], device)
         self.schedule.load_state_dict(state["schedule"])
         self.settings = replace(self.settings, method=state["method"])

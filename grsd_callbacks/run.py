@@ -195,7 +195,9 @@ class Run:
         self, instant: Instant, flux: ShellFlux, fits: dict[str, PowerLawFit], energy_is_loss: bool
     ) -> dict[str, float]:
         budget = instant.budget
-        closures = {"dissipation": _relative(float(budget.dissipation.sum()), instant.grad_norm_sq)}
+        closures = {}
+        if instant.closes:
+            closures["dissipation"] = _relative(float(budget.dissipation.sum()), instant.grad_norm_sq)
         if energy_is_loss:
             closures["energy"] = _relative(float(budget.energy.sum()), instant.loss)
         if not flux.reason and self._previous is not None:
@@ -237,7 +239,7 @@ class Run:
             return None
         snapshot = self.history[-1]
         s = math.sqrt(pending.nu) * pending.op.jvp(change)
-        work, dissipation = work_per_shell(pending.state, s, snapshot.grid, snapshot.grad_norm_sq)
+        work, dissipation = work_per_shell(pending.state, s, snapshot.grid, float(snapshot.dissipation.sum()))
         total_work, total = float(work.sum()), float(dissipation.sum())
         known = (dissipation > 1e-12 * total) & (size.lr > 0)
         overall = total_work / (size.lr * total) if size.lr * total > 0 else math.nan
@@ -336,7 +338,7 @@ class Run:
 def work_per_shell(state: KernelState, s: Tensor, grid: ShellGrid, total: float) -> tuple[Tensor, Tensor]:
     """W_a = -sum g_i <u_i, s> and D_a = sum lambda_i g_i^2 per sharp shell, s = sqrt(nu) J dtheta.
 
-    Sums are exact: W sums to -<r, s>, minus the first-order change of the loss, and D to `total`, |grad L|^2. What an
+    Sums are exact: W sums to -<r, s>, minus the first-order change of the loss, and D to `total`, r^T M r. What an
     incomplete basis leaves over of both is put in the underflow shell (of D it can be negative: cross terms).
     """
     vectors = state.vectors

@@ -9,13 +9,22 @@ submodules return. Random numbers drawn in the step are the same at every evalua
 
 from grsd_callbacks.training_step.finding import Observed, observe_step, warning_of_gap
 from grsd_callbacks.training_step.observed import StepLoss, StepOutputs
-from grsd_callbacks.training_step.runner import StepRunner, batch_type, check_step, step_name, step_pair, step_source
+from grsd_callbacks.training_step.runner import (
+    StepRunner,
+    as_floating,
+    batch_type,
+    check_step,
+    step_name,
+    step_pair,
+    step_source,
+)
 
 __all__ = [
     "Observed",
     "StepLoss",
     "StepOutputs",
     "StepRunner",
+    "as_floating",
     "batch_type",
     "check_step",
     "observe_step",

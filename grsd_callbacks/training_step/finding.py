@@ -152,7 +152,7 @@ def _observe_cut(
         notes.append("training_step draws random numbers: one fixed draw is measured")
     elif not independent:
         notes.append("samples of a batch interact: the kernel is taken from rows on the whole batch")
-    outputs = replace(outputs, interacting=bool(notes))
+    outputs = replace(outputs, drop_ignored=known is not None and known[1] == "cross_entropy", interacting=bool(notes))
     aliases = tuple(
         (event.place,) if event.place.kind == "module" else tuple(e.place for e in events)
         for event, events in zip(main, cut)

@@ -8,12 +8,13 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from grsd_callbacks.probe import num_samples
 from grsd_callbacks.training_step.runner import StepRunner, as_floating
-from grsd_callbacks.training_step.tape import Place, Tape, slope
+from grsd_callbacks.training_step.tape import Event, Place, Tape, slope
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +25,7 @@ class StepOutputs:
         runner: runs the step.
         places: where the tensors appear.
         axes: the axis of each that runs over samples (or over samples and, faster, something else).
+        drop_ignored: whether outputs whose target a cross-entropy ignores are zero: they have no part in L.
         interacting: whether a sample's output depends on the rest of the batch, or on draws made for it.
         description: lines for the report.
     """
@@ -31,6 +33,7 @@ class StepOutputs:
     runner: StepRunner
     places: tuple[Place, ...]
     axes: tuple[int, ...]
+    drop_ignored: bool = False
     interacting: bool = False
     description: tuple[str, ...] = ()
 
@@ -38,13 +41,38 @@ class StepOutputs:
         """f on a batch, (n, C), in the parameters' dtype."""
         with Tape(model, self.places) as tape:
             self.runner(batch)
+        events = [tape.at(place) for place in self.places]
+        tensors = [_kept(events[0])] if self.drop_ignored else [event.tensor for event in events]
         n = num_samples(batch)
-        parts = [rows(tape.at(place).tensor, axis, n) for place, axis in zip(self.places, self.axes)]
+        parts = [rows(tensor, axis, n) for tensor, axis in zip(tensors, self.axes)]
         return torch.cat(parts, 1).to(next(model.parameters()).dtype)
+
+    def sample_losses(self, model: nn.Module, batch: Any) -> Tensor:
+        """Sums of the loss function over each sample's outputs, (n,); for a loss that is one known function of f."""
+        with Tape(model, self.places) as tape:
+            self.runner(batch)
+        event = tape.at(self.places[0])
+        assert event.call is not None
+        function, args, kwargs = event.call
+        each = function(*args, **{**kwargs, "reduction": "none"})
+        n = num_samples(batch)
+        # of a cross-entropy the class axis (the second) is gone
+        gone = function is F.cross_entropy and self.axes[0] > 1
+        return rows(each, self.axes[0] - gone, n).sum(1).to(next(model.parameters()).dtype)
 
     def __call__(self, raw: Tensor) -> Tensor:
         """The outputs are already f."""
         return raw
+
+
+def _kept(event: Event) -> Tensor:
+    """Logits with those of ignored targets set to zero."""
+    assert event.call is not None
+    _, args, kwargs = event.call
+    target = args[1] if len(args) > 1 else kwargs["target"]
+    if target.is_floating_point():
+        return event.tensor
+    return event.tensor * (target != kwargs.get("ignore_index", -100)).unsqueeze(1)
 
 
 def rows(tensor: Tensor, axis: int, n: int) -> Tensor:
