@@ -224,6 +224,8 @@ class ShellMonitor:
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise ValueError(f"step must be a non-negative integer, got {step!r}")
         size = _given_size(optimizer, lr, flow_time)
+        if self.team.group.size > 1:  # a rank that went on alone would leave the others waiting
+            return self._step(step, size, flow_time)
         return self._attempt(step, lambda: self._step(step, size, flow_time))
 
     def _step(self, step: int, size: StepSize, flow_time: float | None) -> Snapshot | None:
@@ -299,6 +301,8 @@ class ShellMonitor:
                 parameters have been written to since.
             flow_time: t at the end, for loops that give it themselves.
         """
+        if self.team.group.size > 1:
+            return self._finish(step, flow_time)
         return self._attempt(self._last_step or 0, lambda: self._finish(step, flow_time))
 
     def _finish(self, step: int | None, flow_time: float | None) -> Snapshot | None:
