@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.utils.data import IterableDataset
 
+from grsd_callbacks.between import REASON, BetweenSteps
 from grsd_callbacks.distributed import Group
 from grsd_callbacks.functional import ModelFunction, select_parameters
 from grsd_callbacks.guard import DisturbedTraining, preserve_object_rng, undisturbed
@@ -25,7 +26,7 @@ from grsd_callbacks.observation import check_observe, choose_observe
 from grsd_callbacks.optimizer import step_size
 from grsd_callbacks.outlet import first_line, remedy, warn
 from grsd_callbacks.probe import Probe, concatenate, probe_from, restored, samples_wanted, unpack_batch
-from grsd_callbacks.sinks import JSONLinesSink, LoggerSink, Sink
+from grsd_callbacks.sinks import JSONLinesSink, LoggerSink, MetricsSink, Sink
 from grsd_callbacks.snapshot import Snapshot
 from grsd_callbacks.training_step import (
     Observed,
@@ -82,7 +83,8 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
 
     Add it to any Trainer; training stays bit-identical. Measured before the first step, then on a log-spaced
     schedule that is thinned once so that measuring takes at most `max_overhead` of the training time, and at the end.
-    Values go to every logger of the Trainer, at the step of the user's own curves, and to `grsd.jsonl`.
+    Values go to every logger of the Trainer, at the step of the user's own curves, and to `grsd.jsonl`; the latest
+    ones are in `trainer.callback_metrics`, for EarlyStopping and ModelCheckpoint (`monitor="grsd_loss/probe"`).
 
     Args:
         loss: "auto" (an `nn.MSELoss`/`nn.CrossEntropyLoss` that is an attribute of the module), "mse",
@@ -188,6 +190,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         Settings(**self._settings)
         if loss != "auto":
             resolve_loss(loss, nu)
+        self._is_pair = isinstance(probe, (tuple, list, Probe))
         self._loss, self._nu = loss, nu
         self._probe, self._num_probe, self._unpack = probe, num_probe, unpack or unpack_batch
         self._schedule: dict[str, Any] = {
@@ -237,10 +240,13 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         self._group = Group.current()
         if self._waits(trainer):
             return
+        refuse_collisions(trainer, self)
         self._group.together(lambda: self._check(trainer, pl_module, folder))
+        self._sinks.append(MetricsSink(lambda: trainer.callback_metrics))
 
     def _check(self, trainer: Any, pl_module: nn.Module, folder: str | None) -> None:
         self._find_function(pl_module)
+        self._sinks = []
         if self._group.leads:
             self._sinks = [LoggerSink(logger) for logger in trainer.loggers]
             self._sinks += json_lines_sink(self._json_lines, folder, trainer, self.name)
@@ -265,6 +271,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         if self.monitor is None:
             return
         self._global_step = trainer.global_step
+        self._notice_writes()
         self.monitor.set_step_size(step_size(_raw(trainer.optimizers)))
         self.monitor.observe(step_axis(trainer))
 
@@ -286,11 +293,13 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         """Complete the latest measurement by the step that followed it."""
         if self.monitor is not None and trainer.global_step > self._global_step:
             self.monitor.finish_update(step_axis(trainer) + 1)
+            self._between.step_ended()
 
     @_harmless
     def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
         """Last measurement, summary, flush."""
         if self.monitor is not None:
+            self._notice_writes()
             self.monitor.finish(step_axis(trainer))
 
     def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
@@ -317,6 +326,11 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue a run from its checkpoint."""
         self._resume = state_dict or None
+
+    def _notice_writes(self) -> None:
+        """Weights loaded or averaged in place are a break in the run."""
+        if self._between.written() and self.monitor is not None:
+            self.monitor.new_segment(REASON)
 
     # -- which function, which loss ----------------------------------------------------------------------
 
@@ -393,7 +407,8 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
 
     def _make_monitor(self, trainer: Any, pl_module: nn.Module, batch: Any) -> ShellMonitor:
         self._group.together(lambda: self._check_forward(pl_module, batch))
-        if self._resume is not None:
+        self._between = BetweenSteps(pl_module)
+        if self._resume is not None and not self._other_probe:
             probe = self._group.together(lambda: self._resumed_probe(batch))
         elif isinstance(self._probe, str):
             probe = self._auto_probe(trainer, pl_module, batch)
@@ -421,7 +436,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
             observe=self._observe,
             num_projections=self._num_projections,
             nu=self._nu,
-            prefix=f"grsd_{self.name}_" if self.name else "grsd_",
+            prefix=_prefix(self.name),
             **self._schedule,
             **settings,
         )
@@ -433,6 +448,13 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
                 if isinstance(sink, JSONLinesSink):
                     sink.path = unused_path(sink.path)
         return monitor
+
+    @property
+    def _other_probe(self) -> bool:
+        """Whether the arguments ask for another probe than the one that was saved."""
+        assert self._resume is not None
+        saved = self._resume.get("arguments", {})
+        return self._is_pair or saved.get("num_probe", self._num_probe) != self._num_probe
 
     def _resumed_probe(self, batch: Any) -> Probe:
         assert self._resume is not None
@@ -537,6 +559,27 @@ def _sample_indices(loader: Any) -> Sequence[Any]:
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
         return ()
     return getattr(loader.sampler, "indices", range(len(dataset)))
+
+
+def refuse_collisions(trainer: Any, callback: ShellDynamicsCallback) -> None:
+    """Several instances must not write to the same tags, checkpoint key or file.
+
+    Raises:
+        ValueError: names the argument to change.
+    """
+    for other in trainer.callbacks:
+        if not isinstance(other, ShellDynamicsCallback) or other is callback:
+            continue
+        if callback.name == other.name:
+            raise ValueError(f"name={callback.name!r} is that of two ShellDynamicsCallbacks; give each its own name=")
+        if callback._json_lines not in (None, "auto") and callback._json_lines == other._json_lines:
+            raise ValueError(
+                f"json_lines={callback._json_lines!r} is the file of two ShellDynamicsCallbacks; give each its own"
+            )
+
+
+def _prefix(name: str) -> str:
+    return f"grsd_{name}_" if name else "grsd_"
 
 
 def refuse_sharded(trainer: Any) -> None:

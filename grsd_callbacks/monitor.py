@@ -29,6 +29,7 @@ from grsd_callbacks.outlet import Outlet, first_line, remedy, warn
 from grsd_callbacks.plan import ProductPlan
 from grsd_callbacks.probe import Probe, plain_leaves, probe_from, restored
 from grsd_callbacks.report import start_report, summary_table
+from grsd_callbacks.resume import changed_arguments, plain_arguments, same_probe
 from grsd_callbacks.run import Pending, Run
 from grsd_callbacks.schedule import FixedSchedule, LogSchedule
 from grsd_callbacks.snapshot import Snapshot
@@ -126,11 +127,16 @@ class ShellMonitor:
         self.loss: Loss = resolve_loss(loss, nu)
         self._observing = (observe, num_projections, self.loss, self.settings)
         self._is_reduced = False
+        self._arguments = plain_arguments(self.settings, self.loss, num_probe, nu)
+        self._arguments.update(observe=observe, num_projections=num_projections)
+        self._whole = isinstance(probe, (tuple, list, Probe))
         self.schedule = make_schedule(every_n_steps, max_overhead, total_steps, per_decade, pair)
         self.team = Team(Group.current() if distributed else Group())
         self.samples: Probe = self._whole_probe(probe, num_probe, unpack)
         self.probe: Probe = self.samples
-        self.outlet = Outlet(writer if self.team.leads else None, prefix, on_error, quiet=not self.team.leads)
+        self.outlet = Outlet(
+            writer if self.team.leads else _on_every_rank(writer), prefix, on_error, not self.team.leads
+        )
         self.on_error = on_error
         self.pair = pair
         self.work = work or transfer
@@ -217,7 +223,7 @@ class ShellMonitor:
         """Declare a break in the run: no flux is computed across it.
 
         Parameters that are replaced, frozen or unfrozen are noticed; values loaded in place (`load_state_dict` in
-        mid-run) are not, and have to be declared.
+        mid-run) are not in loops of one's own, and have to be declared (the callback notices them).
         """
         self._pending = None
         self.run.interrupt(reason)
@@ -248,6 +254,8 @@ class ShellMonitor:
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise ValueError(f"step must be a non-negative integer, got {step!r}")
         size = _given_size(optimizer, lr, flow_time)
+        if self.team.group.size > 1:  # a rank that went on alone would leave the others waiting
+            return self._step(step, size, flow_time)
         return self._attempt(step, lambda: self._step(step, size, flow_time))
 
     def _step(self, step: int, size: StepSize, flow_time: float | None) -> Snapshot | None:
@@ -323,6 +331,8 @@ class ShellMonitor:
                 parameters have been written to since.
             flow_time: t at the end, for loops that give it themselves.
         """
+        if self.team.group.size > 1:
+            return self._finish(step, flow_time)
         return self._attempt(self._last_step or 0, lambda: self._finish(step, flow_time))
 
     def _finish(self, step: int | None, flow_time: float | None) -> Snapshot | None:
@@ -377,6 +387,7 @@ class ShellMonitor:
         snapshot = self.team.group.share(lambda: self._recorded(step, op, instant))
         if not self.team.leads:
             self.run.history.append(snapshot)
+            self.outlet.snapshot(snapshot, self.num_failed, None)
             if self.work:
                 self._pending = Pending.elsewhere(step, op)
         return snapshot
@@ -414,6 +425,7 @@ class ShellMonitor:
         done = self.team.group.share(lambda: self._written(done))
         if done is not None and not self.team.leads:
             self.run.history[-1] = done
+            self.outlet.update(done)
 
     def _change(self, pending: Pending) -> Tensor | None:
         """The parameters' change since the measurement, shape (P,), on rank zero."""
@@ -522,6 +534,7 @@ class ShellMonitor:
             "run": self.run.state_dict(),
             "schedule": self.schedule.state_dict(),
             "method": self.settings.method,
+            "arguments": self._arguments,
             "last_step": self._last_step,
             "num_failed": self.num_failed,
             "measuring_seconds": self.measuring_seconds,
@@ -529,22 +542,45 @@ class ShellMonitor:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue a run: same probe, shells, frozen basis and history; the first flux after it is NaN."""
+        """Continue a run: same probe, shells, frozen basis and history; the first flux after it is NaN.
+
+        Where this monitor's arguments or its probe (given as a pair) are not those of the state, one warning names
+        them, and shells, frozen basis, exponents and history start anew; flow time goes on.
+        """
         device = next(self.model.parameters()).device
-        self.samples = restored(self.samples, state["probe"]).to(device)
-        if self._is_reduced:
-            self.team.group.together(self._observe)
+        saved = Run.from_state(state["run"], device)
+        differing = changed_arguments(self._arguments, state.get("arguments", {}))
+        if self._whole and not same_probe(self.samples, state["probe"]):
+            differing.append("probe")
+        if changed := ", ".join(differing):
+            self.run = Run(flow_time=saved.flow_time, nominal=saved.nominal, size=saved.size)
+            self.run.interrupt(f"first measurement after a resume with other {changed}")
+            self.outlet.warn_once(
+                "segment",
+                f"grsd: {changed} differ from those of the run that was saved; shells, frozen basis, exponents and "
+                "history start anew here, flow time goes on. Resume with the saved arguments to continue the series.",
+            )
         else:
-            self.probe = self.samples
-        self.run = Run.from_state(state["run"], device)
+            self.samples = restored(self.samples, state["probe"]).to(device)
+            self.settings = replace(self.settings, method=state["method"])
+            self.run = saved
+            if self._is_reduced:
+                self.team.group.together(self._observe)
+            else:
+                self.probe = self.samples
         self.schedule.load_state_dict(state["schedule"])
-        self.settings = replace(self.settings, method=state["method"])
         self._last_step = state["last_step"]
         self.num_failed = int(state["num_failed"])
         self.measuring_seconds = float(state["measuring_seconds"])
         self._elapsed_before = float(state["elapsed_seconds"])
         self._started = None
         self._pending = None
+
+
+def _on_every_rank(writer: Any) -> list[Any]:
+    """The sinks that take values also where rank zero writes."""
+    several = writer if isinstance(writer, (list, tuple)) else [writer]
+    return [sink for sink in several if getattr(sink, "on_every_rank", False)]
 
 
 def _nothing() -> None:

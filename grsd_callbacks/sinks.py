@@ -11,13 +11,14 @@ import inspect
 import io
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 
 from grsd_callbacks.emission import Emission
 from grsd_callbacks.json_lines import append_json_line, cut_torn_line, read_json_lines
@@ -26,6 +27,7 @@ __all__ = [
     "JSONLinesSink",
     "LoggerSink",
     "MemorySink",
+    "MetricsSink",
     "Sink",
     "SinkGroup",
     "TensorBoardSink",
@@ -217,6 +219,33 @@ class LoggerSink:
     def close(self) -> None:
         """Ask the logger to save; its owner finalizes it."""
         self._save()
+
+
+class MetricsSink:
+    """Mirror the latest finite scalars, but those per shell, into a dictionary such as `trainer.callback_metrics`.
+
+    So EarlyStopping and ModelCheckpoint can monitor them, `EarlyStopping("grsd_loss/probe")` say. Nothing is logged by
+    it, and what others have put there stays. A value that is not finite leaves the last one in place.
+
+    Args:
+        metrics: function that returns the dictionary; asked at each write, for Lightning replaces it.
+    """
+
+    on_every_rank = True  # what decides when to stop runs on all of them
+
+    def __init__(self, metrics: Callable[[], MutableMapping[str, Any]]) -> None:
+        self.metrics = metrics
+
+    def write(self, emission: Emission) -> None:
+        """Store the scalars as tensors."""
+        scalars = {tag: value for tag, value in _finite_scalars(emission).items() if "shell_energy/" not in tag}
+        self.metrics().update({tag: torch.tensor(value, dtype=torch.float64) for tag, value in scalars.items()})
+
+    def flush(self) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """Nothing to release."""
 
 
 class JSONLinesSink:

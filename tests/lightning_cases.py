@@ -261,7 +261,11 @@ def image(trainer, module):
         "python rng": random.getstate(),
         "flags": {name: part.training for name, part in module.named_modules()},
         "attributes": {name: vars(part).get("calls") for name, part in module.named_modules()},
-        "callback_metrics": {name: value.tolist() for name, value in sorted(trainer.callback_metrics.items())},
+        "callback_metrics": {
+            name: value.tolist()
+            for name, value in sorted(trainer.callback_metrics.items())
+            if not name.startswith("grsd_")
+        },
         "logged": csv_cells(trainer),
     }
 

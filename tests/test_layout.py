@@ -19,7 +19,7 @@ LEVELS = {
     6: {"snapshot", "measure", "emission", "trajectory", "run", "renormalizability"},
     7: {"tags", "figures", "report"},
     8: {"sinks"},
-    9: {"schedule", "outlet", "monitor"},
+    9: {"between", "schedule", "outlet", "monitor", "resume"},
     10: {"callbacks", "cli"},
     11: {"__main__", "testing"},  # testing is for our tests and our users'; no module may need it
 }
@@ -37,6 +37,7 @@ SAME_LEVEL = {  # functional enters the guard of level 0; these pairs stand on o
     ("run", "trajectory"),
     ("monitor", "schedule"),
     ("monitor", "outlet"),
+    ("monitor", "resume"),
     ("cli", "callbacks"),
 }
 IMPORT_NOTHING_OF_OURS = {"exponents", "testing"}

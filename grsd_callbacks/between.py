@@ -1,0 +1,62 @@
+"""Notice that parameters are written to between two optimizer steps: weights loaded, averaged, or swapped for good.
+
+No copies of the model: version counters say that something was written, one small tensor says whether it has stayed.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+#: why flux is missing across such a write
+REASON = "parameters were written to between two optimizer steps (weights loaded, averaged or clipped)"
+
+
+class BetweenSteps:
+    """Watches the parameters of a module from the end of one step to the start of the next.
+
+    A swap that has been undone (an average put in place for a validation) leaves no trace. What is written between
+    the first two steps already is taken for a part of every step (weight clipping, say), and is no event.
+
+    Cost: one look at the version counter of each parameter, and a clone of the smallest one, at each step.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Linear(2, 1)
+        >>> watch = BetweenSteps(net)
+        >>> found = []
+        >>> for step in range(3):
+        ...     watch.step_ended()
+        ...     if step == 2:
+        ...         net.load_state_dict({"weight": torch.zeros(1, 2), "bias": torch.zeros(1)})
+        ...     found.append(watch.written())
+        <All keys matched successfully>
+        >>> found
+        [False, False, True]
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._parameters = list(module.parameters())
+        self._small = min(self._parameters, key=lambda p: p.numel())
+        self._versions: int | None = None
+        self._values: Tensor | None = None
+        self._intervals = 0
+        self._usual = False
+
+    def step_ended(self) -> None:
+        """Remember the parameters as an optimizer step has left them."""
+        self._versions = self._sum()
+        self._values = self._small.detach().clone()
+
+    def written(self) -> bool:
+        """Whether they have been written to since, and differ (asked once an interval)."""
+        before, self._versions = self._versions, None
+        if before is None or self._usual:
+            return False
+        self._intervals += 1
+        if before == self._sum() or (self._values is not None and bool((self._values == self._small).all())):
+            return False
+        self._usual = self._intervals == 1
+        return not self._usual
+
+    def _sum(self) -> int:
+        return sum(p._version for p in self._parameters)
