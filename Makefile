@@ -14,6 +14,7 @@ demo: $(READY)
 	$(BIN)/python examples/digits.py $(ARGS)
 
 test: $(READY)
+	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest $(ARGS)
 
 slow: $(READY)

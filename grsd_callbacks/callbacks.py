@@ -45,7 +45,7 @@ try:  # the same Lightning under its other name; each Trainer accepts only its o
 except ImportError:
     _OtherCallback = _Callback  # type: ignore[misc,assignment]
 
-_BASES = (_Callback,) if _OtherCallback is _Callback else (_Callback, _OtherCallback)
+_BASES = tuple(dict.fromkeys((_Callback, _OtherCallback)))
 
 #: strategies that shard parameters
 SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")

@@ -49,7 +49,7 @@ def step_size(optimizers: Optimizer | Iterable[Optimizer]) -> StepSize:
         >>> step_size(torch.optim.SGD([w], lr=0.5, momentum=0.5)).flow
         1.0
     """
-    several: list[Any] = [optimizers] if hasattr(optimizers, "param_groups") else list(optimizers)  # type: ignore[arg-type]
+    several: list[Any] = [optimizers] if hasattr(optimizers, "param_groups") else list(optimizers)
     for optimizer in several:
         if not hasattr(optimizer, "param_groups"):
             raise TypeError(f"optimizer must be a torch optimizer with param_groups, got {type(optimizer).__name__}")
@@ -65,7 +65,7 @@ def step_size(optimizers: Optimizer | Iterable[Optimizer]) -> StepSize:
     return StepSize(lr, flow, bool(reasons), "; ".join(reasons))
 
 
-def _group_flow(optimizer: Optimizer, group: dict) -> tuple[float, float]:
+def _group_flow(optimizer: Optimizer, group: dict[str, Any]) -> tuple[float, float]:
     lr = group.get("lr")
     if not isinstance(lr, (int, float, Tensor)):  # optimizers that set their own step size
         return math.nan, math.nan

@@ -7,7 +7,6 @@ loggers are known by what they can do.
 
 from __future__ import annotations
 
-import inspect
 import io
 import os
 import sys
@@ -22,6 +21,7 @@ import torch
 
 from grsd_callbacks.emission import Emission
 from grsd_callbacks.json_lines import append_json_line, cut_torn_line, read_json_lines
+from grsd_callbacks.media import figure_writer, picture, text_writer
 
 __all__ = [
     "JSONLinesSink",
@@ -139,7 +139,7 @@ class TensorBoardSink:
 
     def _show(self, tag: str, figure: Any, step: int) -> None:
         """As an image: `add_figure` would import pyplot, and with it the user's backend."""
-        self.writer.add_image(tag, np.asarray(_picture(figure).convert("RGB")), step, dataformats="HWC")
+        self.writer.add_image(tag, np.asarray(picture(figure).convert("RGB")), step, dataformats="HWC")
 
     def flush(self) -> None:
         """Flush the event file."""
@@ -156,10 +156,9 @@ class LoggerSink:
     """Write to a Lightning logger of either package, known by what it can do.
 
     * `logger.experiment` is a TensorBoard writer: everything, as `TensorBoardSink` does it.
-    * any other logger: `log_metrics(scalars, step=step)` with the finite scalars, and then
-      `log_text(key=, columns=, data=, step=)` for texts and `log_image(key=, images=, step=)` for figures where the
-      logger has methods with these parameters (W&B's convention; images are PIL images); histograms are left out.
-      At last `save()`, so that a killed process leaves files (CSVLogger).
+    * any other logger: `log_metrics(scalars, step=step)` with the finite scalars, and then texts, tables and figures
+      in the way of W&B, Comet or MLflow where it has the methods (see `media.py`); histograms are left out. At last
+      `save()`, so that a killed process leaves files (CSVLogger).
     * placeholders (`fast_dev_run`, ranks other than zero): `log_metrics` only, which they ignore; no figure is drawn.
 
     The experiment is looked up at each write: loggers make it, and its folder, on first use. The logger stays the
@@ -192,21 +191,18 @@ class LoggerSink:
             if scalars := _finite_scalars(emission):
                 self.logger.log_metrics(scalars, step=emission.step)
             if not placeholder:
-                self._write_media(emission)
+                self._write_media(emission, experiment)
         finally:
             if not placeholder:
                 self._save()
 
-    def _write_media(self, emission: Emission) -> None:
-        log_text = _method(self.logger, "log_text", "key", "columns", "data", "step")
-        log_image = _method(self.logger, "log_image", "key", "images", "step")
-        if log_text is not None:
+    def _write_media(self, emission: Emission, experiment: Any) -> None:
+        write_text, write_figure = text_writer(self.logger, experiment), figure_writer(self.logger, experiment)
+        if write_text is not None:
             for tag, text in emission.texts.items():
-                log_text(key=tag, columns=["text"], data=[[text]], step=emission.step)
-        if log_image is not None:
-            _for_each_figure(
-                emission, lambda tag, figure: log_image(key=tag, images=[_picture(figure)], step=emission.step)
-            )
+                write_text(tag, text, emission.step)
+        if write_figure is not None:
+            _for_each_figure(emission, lambda tag, figure: write_figure(tag, figure, emission.step))
 
     def _save(self) -> None:
         if _has(self.logger, "save"):
@@ -377,14 +373,6 @@ def _drawn(draw: Callable[[], Any]) -> Iterator[Any]:
             pyplot.close(figure)
 
 
-def _picture(figure: Any) -> Any:
-    from PIL import Image  # comes with matplotlib
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return Image.open(buffer)
-
-
 def _try_all(actions: Iterable[Callable[[], None]]) -> None:
     first: Exception | None = None
     for action in actions:
@@ -403,11 +391,3 @@ def _has(target: Any, *names: str) -> bool:
 def _claims_everything(target: Any) -> bool:
     """Whether this is a placeholder that answers to every name, as Lightning's dummy experiment does."""
     return target is not None and hasattr(target, "grsd_name_that_nothing_has")
-
-
-def _method(target: Any, name: str, *parameters: str) -> Callable[..., Any] | None:
-    """The method, if it has parameters of these names."""
-    method = getattr(target, name, None)
-    if not callable(method):
-        return None
-    return method if set(parameters) <= set(inspect.signature(method).parameters) else None

@@ -6,6 +6,7 @@ Shell curves are `grsd_shell_energy/<shell>` with the labels of `ShellGrid.names
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -336,7 +337,7 @@ def meanings() -> list[tuple[str, str, str]]:
 
 
 def meaning_card() -> str:
-    """Markdown table of every tag with unit and meaning (the text card `grsd_run/meaning`)."""
+    """Markdown table of every tag with unit and meaning (the text card `grsd_run/tags`)."""
     lines = ["| tag | unit | meaning |", "|---|---|---|"]
     lines += [f"| `{tag}` | {unit} | {meaning.replace('|', chr(92) + '|')} |" for tag, unit, meaning in meanings()]
     return "\n".join(lines)
@@ -348,37 +349,56 @@ def preformatted(text: str) -> str:
 
 
 def layout(prefix: str = "grsd_") -> dict[str, Any]:
-    """TensorBoard custom-scalars layout: each exponent with its interval as a band, loss and scales as lines."""
+    """TensorBoard custom-scalars layout: what is learning, the exponents with their bands, the regime, the checks."""
 
-    def named(*tags: str) -> list[str]:
-        return [prefix + tag.removeprefix("grsd_") for tag in tags]
+    def lines(*tags: str) -> list[Any]:
+        return ["Multiline", [re.escape(_with(prefix, tag)) + "$" for tag in tags]]
 
     bands = {
         f"{name}: {meaning}": [
             "Margin",
-            named(f"grsd_exponents/{name}", f"grsd_bands/{name}_lower", f"grsd_bands/{name}_upper"),
+            [
+                _with(prefix, tag)
+                for tag in (f"grsd_exponents/{name}", f"grsd_bands/{name}_lower", f"grsd_bands/{name}_upper")
+            ],
         ]
-        for name, meaning in _EXPONENTS.items()
+        for name, meaning in reversed(_EXPONENTS.items())  # TensorBoard shows margin charts in reverse
     }
-    shells = f"{prefix}{SHELL_ENERGY.removeprefix('grsd_')}/s.*"
+    first = prefix.rstrip("_")
     return {
-        f"{prefix.rstrip('_')} exponents (95 %)": bands,
-        f"{prefix.rstrip('_')} shells": {
-            "loss on the probe": ["Multiline", named("grsd_loss/probe")],
-            "shell energies": ["Multiline", [shells]],
-            "scales of learning": ["Multiline", named("grsd_spectrum/lambda_max", "grsd_spectrum/mean_eigenvalue")],
+        f"{first} 1: what is learning": {
+            "loss on the probe (loss)": lines("grsd_loss/probe"),
+            "energy of each shell (loss)": ["Multiline", [_with(prefix, f"{SHELL_ENERGY}/s.*")]],
+            "largest and mean eigenvalue (1 / flow time)": lines(
+                "grsd_spectrum/lambda_max", "grsd_spectrum/mean_eigenvalue"
+            ),
+        },
+        f"{first} 2: exponents, bands are 95 % intervals": bands,
+        f"{first} 3: lazy or rich": {
+            "transport over dissipation (0: lazy)": lines("grsd_regime/transport_ratio"),
+            "change of the kernel since the start": lines("grsd_regime/kernel_drift", "grsd_regime/cka_distance"),
+            "effective learning rate (1: full-batch descent)": lines(f"{WORK}/effective_lr"),
+        },
+        f"{first} 4: can I trust it": {
+            "identities (rounding is about 1e-7)": lines("grsd_closure/energy", "grsd_closure/dissipation"),
+            "lr x lambda_max (above 2: no gradient flow)": lines("grsd_health/lr_lambda_max"),
+            "time spent on measuring (%)": lines("grsd_health/overhead_percent"),
         },
     }
 
 
-MEANING, REPORT, SUMMARY = "grsd_run/meaning", "grsd_run/report", "grsd_run/summary"
+def _with(prefix: str, tag: str) -> str:
+    return prefix + tag.removeprefix("grsd_")
+
+
+MEANING, REPORT, SUMMARY = "grsd_run/tags", "grsd_run/report", "grsd_run/summary"
 
 
 def renamed(emission: Emission, prefix: str) -> Emission:
     """The same emission with tags that begin with another prefix than `grsd_`."""
 
     def names(values: dict[str, Any]) -> dict[str, Any]:
-        return {prefix + tag.removeprefix("grsd_"): value for tag, value in values.items()}
+        return {_with(prefix, tag): value for tag, value in values.items()}
 
     return replace(
         emission,

@@ -72,8 +72,8 @@ GOLDEN = {
     "grsd_work/effective_lr": STEPS,
     "grsd_work/total": STEPS,
 }
-TEXTS = {"grsd_run/meaning": [0], "grsd_run/report": [0], "grsd_run/summary": [4]}
-DRAWN = ("dissipation", "effective_lr", "energy", "flux", "loss", "spectrum")
+TEXTS = {"grsd_run/tags": [0], "grsd_run/report": [0], "grsd_run/summary": [4]}
+DRAWN = ("dissipation", "effective_lr", "energy", "flux", "loss", "spectrum", "verdict")
 FIGURES = {f"grsd_figures/{name}": [4] for name in DRAWN}
 LAYOUT = "custom_scalars__config__"
 HISTOGRAMS = {f"grsd_histograms/{name}": ALL for name in ("count", "energy", "dissipation")}
@@ -145,7 +145,7 @@ def test_every_tag_is_explained(run):
     for tag in [*GOLDEN, *HISTOGRAMS, *FIGURES]:
         general = re.sub("^grsd_final/.*", "grsd_final/<exponent>", re.sub("/s[0-9]+$", "/<shell>", tag))
         assert f"`{general}`" in card
-    text = run[3].Tensors("grsd_run/meaning/text_summary")[0].tensor_proto.string_val[0].decode()
+    text = run[3].Tensors("grsd_run/tags/text_summary")[0].tensor_proto.string_val[0].decode()
     assert text == card
 
 

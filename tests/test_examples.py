@@ -5,10 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = {path.stem for path in (ROOT / "examples").glob("*.py")}
+TESTS = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+SMALL = pytest.mark.filterwarnings("ignore:grsd. measuring every")
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 
 
 def load(folder, name):
@@ -20,7 +24,61 @@ def load(folder, name):
 
 
 def test_every_example_is_run_by_a_test():
-    assert EXAMPLES == {"digits", "picture"}, "a new example: run it in this file (picture: tests/test_figures.py)"
+    missing = [name for name in EXAMPLES if f'"examples", "{name}"' not in TESTS and f"{name}.py" not in TESTS]
+    assert not missing, f"{missing}: run it small in this file (or in a test file of its own)"
+
+
+def closed(history, tolerance=1e-4):
+    return max(abs(s.closures["dissipation"]) for s in history) < tolerance
+
+
+@SMALL
+def test_custom_loop(tmp_path, capsys):
+    monitor = load("examples", "custom_loop").main(["--steps", "30", "--logdir", str(tmp_path)])
+    assert monitor.num_failed == 0 and monitor.history[-1].step == 30 and closed(monitor.history)
+    assert (tmp_path / "grsd.jsonl").exists() and list(tmp_path.glob("events*"))
+    assert "exponents, 95 % intervals" in capsys.readouterr().out
+
+
+@SMALL
+def test_gpt_on_our_own_documentation(tmp_path, capsys):
+    words = ["--steps", "12", "--context", "16", "--samples", "3", "--logdir", str(tmp_path)]
+    monitor = load("examples", "gpt").main(words)
+    assert monitor.num_failed == 0 and closed(monitor.history)
+    assert monitor.history[-1].loss < monitor.history[0].loss
+    assert monitor.history[0].num_outputs > 60, "the characters of the README"
+
+
+@SMALL
+def test_hugging_face_model_from_its_config():
+    monitor = load("examples", "hugging_face").main(["--steps", "8"])
+    assert monitor.num_failed == 0 and closed(monitor.history) and monitor.history[0].num_outputs == 16
+
+
+@SMALL
+def test_resume(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    callback = load("examples", "resume").main(["--steps", "40", "--logdir", str(tmp_path)])
+    steps = [s.step for s in callback.history]
+    assert steps == sorted(set(steps)) and steps[0] == 0 and steps[-1] == 40
+    unknown = [s.reasons["flux"] for s in callback.history if not s.flux.isfinite().all()]
+    assert unknown == ["first measurement", "first measurement after a resume"]
+    assert {float(s.edges[0]) for s in callback.history} == {float(callback.history[0].edges[0])}
+
+
+@SMALL
+def test_checkpoints(tmp_path, capsys):
+    assert load("examples", "checkpoints").main(["--steps", "16", "--logdir", str(tmp_path)]) == 0
+    assert "6 checkpoints" in capsys.readouterr().out and (tmp_path / "grsd.jsonl").exists()
+
+
+@SMALL
+def test_optimizers(tmp_path, capsys):
+    found = load("examples", "optimizers").main(["--steps", "20", "--out", str(tmp_path / "o.png")])
+    assert {"SGD", "Adam"} <= set(found) and ("Muon" in found) == hasattr(torch.optim, "Muon")
+    assert all(rate == pytest.approx(1, abs=0.02) for rate in found["SGD"].values()), "exact for gradient descent"
+    assert max(found["Adam"].values()) > 2 * min(found["Adam"].values())
+    assert (tmp_path / "o.png").stat().st_size > 5000
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning")

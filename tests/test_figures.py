@@ -362,9 +362,42 @@ def test_matrices_that_are_no_transfer_are_refused():
         figures.transfer_figure(torch.ones(16, 16), GRID)
 
 
+# -- the verdict -------------------------------------------------------------------------------------------------
+
+
+def card(history, fits=None):
+    """Name, value, comment and mark of every line, in the order drawn."""
+    texts = [t.get_text() for t in draw(figures.verdict_figure(history, fits)).axes[0].texts]
+    return {name: (value, comment, mark) for name, value, comment, mark in zip(*(texts[k::4] for k in range(4)))}
+
+
+def test_verdict_says_what_each_number_deserves():
+    good = fit_loss(np.geomspace(1, 1e3, 30), np.geomspace(1, 1e3, 30) ** -0.5)
+    lines = card(run(), {"chi": good})
+    value, comment, mark = lines[r"$L \sim t^{-\chi}$"]
+    assert value.startswith("0.50  [") and comment == "power law" and mark == "\u2713"
+    assert lines[r"$\lambda_i \sim i^{-a}$"] == ("not fitted", "not known", "\u2013")
+
+
+def test_verdict_marks_what_does_not_hold():
+    history = run()
+    last = replace(
+        history[-1],
+        closures={"dissipation": 0.2, "energy": 1e-9},
+        health={"lr_lambda_max": 3.0, "unresolved_energy": 0.5, "nominal_flow_time": 1.0, "failed": 2.0},
+    )
+    lines = card([*history[:-1], last])
+    assert lines[r"$\Sigma D = |\nabla L|^2$"] == ("2e-01", "does not close", "!")
+    assert lines[r"lr $\lambda_{\max}$, largest"] == ("3", "above 2", "!")
+    assert lines["energy not resolved"] == ("50.0 %", "much", "!")
+    assert lines["flow time"] == ("nominal", "no true t", "!")
+    assert lines["failed measurements"][0] == "2"
+    assert lines[r"$\Sigma E = L$"][1] in ("closes", "does not close")
+
+
 # -- tags --------------------------------------------------------------------------------------------------------
 
-TAGS = ["energy", "dissipation", "flux", "spectrum", "effective_lr", "loss"]
+TAGS = ["energy", "dissipation", "flux", "spectrum", "effective_lr", "loss", "verdict"]
 
 
 def test_figures_of_a_run_by_tag():

@@ -17,7 +17,7 @@ LEVELS = {
     4: {"shells"},
     5: {"density", "flux", "transfer", "comparison", "drift", "exponents", "position"},
     6: {"snapshot", "measure", "emission", "trajectory", "run", "renormalizability"},
-    7: {"tags", "figures", "report"},
+    7: {"tags", "figures", "report", "media"},
     8: {"sinks"},
     9: {"between", "schedule", "outlet", "monitor", "resume"},
     10: {"callbacks", "cli"},

@@ -82,7 +82,7 @@ def resolve(name: str, option: str) -> Callable[..., Any]:
     function = getattr(module, attribute, None)
     if not callable(function):
         raise UsageError(f"{option}: {where} has no function {attribute!r}")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def _from_file(path: Path) -> Any:

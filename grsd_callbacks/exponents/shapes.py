@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -146,7 +147,7 @@ def floor_shape(distance: np.ndarray, exponent, share) -> np.ndarray:
     return np.logaddexp(np.log(share), np.log1p(-share) + exponent * distance)
 
 
-def floor_curve(log_x, log_y, whiten: Callable, *, slope: float) -> np.ndarray:
+def floor_curve(log_x, log_y, whiten: Callable[..., Any], *, slope: float) -> np.ndarray:
     """Best `log(F + A x^k)`, k of the sign of `slope`: a grid over (s, f), then Gauss-Newton with damping."""
     distance = log_x[-1] - log_x if slope <= 0 else log_x - log_x[0]
     z, unit = whiten(log_y), whiten(np.ones_like(log_x))
@@ -173,7 +174,7 @@ def floor_curve(log_x, log_y, whiten: Callable, *, slope: float) -> np.ndarray:
     return curve + offset
 
 
-def _refined(theta: np.ndarray, image: Callable, target: np.ndarray, *, num_steps: int = 8) -> np.ndarray:
+def _refined(theta: np.ndarray, image: Callable[..., Any], target: np.ndarray, *, num_steps: int = 8) -> np.ndarray:
     """Levenberg-Marquardt over a few parameters with forward differences."""
     damping, step = 1e-3, 1e-5
     shifts = np.concatenate([np.zeros((1, len(theta))), step * np.eye(len(theta))])

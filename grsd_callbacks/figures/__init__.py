@@ -18,8 +18,8 @@ import numpy as np
 from torch import Tensor
 
 from grsd_callbacks.exponents import PowerLawFit
-from grsd_callbacks.figures import curves, maps
-from grsd_callbacks.figures.drawing import new_figure
+from grsd_callbacks.figures import curves, maps, verdict
+from grsd_callbacks.figures.drawing import DPI, new_figure
 from grsd_callbacks.figures.history import Run, run_of
 from grsd_callbacks.shells import ShellGrid
 from grsd_callbacks.snapshot import Snapshot
@@ -39,6 +39,7 @@ __all__ = [
     "run_figures",
     "spectrum_figure",
     "transfer_figure",
+    "verdict_figure",
 ]
 
 #: every figure tag: unit of what is drawn, and its meaning
@@ -52,6 +53,7 @@ FIGURES: dict[str, tuple[str, str]] = {
     ),
     "grsd_figures/effective_lr": ("1", "W_a / (lr D_a) of each shell: 1 is full-batch gradient descent on the probe"),
     "grsd_figures/loss": ("loss", "L and |grad L|^2 on the probe against flow time, with chi"),
+    "grsd_figures/verdict": ("1", "exponents with verdicts, identities and flags, each marked ok or worth a look"),
     "grsd_figures/transfer": ("loss / flow time", "transfer T_ab between shells, latest: row a gains from column b"),
 }
 
@@ -72,7 +74,7 @@ def energy_map(history: Sequence[Snapshot], *, time: str = "step") -> Figure:
         time: "step" or "flow_time", the horizontal axis; log-spaced where the measurements are.
 
     Returns:
-        A figure of 640 x 480 pixels at 100 dpi.
+        A figure of 640 x 480 pixels.
 
     Raises:
         ValueError: history empty or out of order, measurements on different shells, another time axis.
@@ -134,6 +136,18 @@ def loss_figure(history: Sequence[Snapshot], chi: PowerLawFit | None = None) -> 
     return _single(partial(curves.loss, fit=chi), run_of(history))
 
 
+def verdict_figure(history: Sequence[Snapshot], fits: Mapping[str, PowerLawFit] | None = None) -> Figure:
+    """A card: exponents with verdicts, identities, and flags, each marked as fine or worth a look.
+
+    Errors and cost as for `energy_map`.
+
+    Args:
+        history: measurements of one run, in order, at least one.
+        fits: exponents by name; None takes the last measurement's own.
+    """
+    return _single(partial(verdict.verdict, fits=fits), run_of(history))
+
+
 def transfer_figure(matrix: Tensor | np.ndarray, grid: ShellGrid) -> Figure:
     """Shell-to-shell transfer T_ab: energy that shell a (row) gains from shell b (column) per flow time.
 
@@ -157,7 +171,7 @@ def transfer_figure(matrix: Tensor | np.ndarray, grid: ShellGrid) -> Figure:
 def overview(history: Sequence[Snapshot], *, time: str = "step") -> Figure:
     """Loss, spectrum and the four maps on one page of 1620 x 920 pixels; arguments and errors as for `energy_map`."""
     run = run_of(history, time)
-    figure = new_figure((16.2, 9.2))
+    figure = new_figure((16.2, 9.2), DPI)
     panels = [curves.loss, curves.spectrum, maps.effective_lr, maps.energy, maps.dissipation, maps.flux]
     parts = np.asarray(figure.subfigures(2, 3))  # each with a layout of its own
     for part, draw in zip(parts.flat, panels, strict=True):
@@ -188,6 +202,7 @@ def run_figures(
         "grsd_figures/spectrum": partial(spectrum_figure, past, fits.get("a")),
         "grsd_figures/effective_lr": partial(effective_lr_map, past),
         "grsd_figures/loss": partial(loss_figure, past, fits.get("chi")),
+        "grsd_figures/verdict": partial(verdict_figure, past, fits or None),
     }
     for snapshot in past:
         if snapshot.transfer is not None:  # the last one stays

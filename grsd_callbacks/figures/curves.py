@@ -78,6 +78,7 @@ def loss(axes: Axes, run: Run, fit: PowerLawFit | None = None) -> None:
         panel.set_xscale("log")
         panel.set_yscale("log" if (y[later] > 0).any() else "linear")
         panel.plot(t[later], y[later], color=colour, marker=marker, markersize=3.5, linewidth=1.2)
+    drawing.log_ticks(axes.xaxis, t[later])
     if t[0] == 0:
         axes.axhline(L[0], color=drawing.BLUE, linewidth=0.8, linestyle=":", label="loss at the start")
     _law(axes, run.history[-1].exponents.get("chi") if fit is None else fit, r"$\chi$", r"$L \sim t^{-\chi}$")

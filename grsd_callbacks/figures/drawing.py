@@ -13,21 +13,23 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SIZE, DPI = (6.4, 4.8), 100  # TensorBoard shows 640 x 480
+SIZE = (4.8, 3.6)  # inches; TensorBoard's cards are about 350 pixels wide: the letters have to bear halving
+PIXELS = (640, 480)
+DPI = 100  # of pages with several panels
 SMALL, MEDIUM, LARGE = 9, 10, 11  # points
 BLUE, ORANGE, BLACK, GREY = "#0072b2", "#d55e00", "#000000", "0.82"  # safe for colour-blind readers
 LAMBDA = r"kernel eigenvalue $\lambda$  (1 / flow time)"
 HEADROOM = 0.18  # of a map's height, for the legend
 
 
-def new_figure(size: tuple[float, float] = SIZE) -> Figure:
+def new_figure(size: tuple[float, float] = SIZE, dpi: float = PIXELS[0] / SIZE[0]) -> Figure:
     """An empty figure of `size` inches with an Agg canvas, unknown to pyplot."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("figures need matplotlib: pip install 'grsd-callbacks[plot]'") from error
-    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    figure = Figure(figsize=size, dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
@@ -86,6 +88,18 @@ def _time_ticks(axes: Axes, run: Run) -> None:
     axes.xaxis.set_major_locator(FixedLocator(([0.0] if run.x[0] <= 0 else []) + powers.tolist()))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+
+
+def log_ticks(axis: Any, values: np.ndarray) -> None:
+    """Labels at powers of ten; at 1, 2 and 5 of each where the values span less than two decades."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+
+    low, high = float(values.min()), float(values.max())
+    axis.set_minor_formatter(NullFormatter())
+    if high < 100 * low:
+        powers = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+        axis.set_major_locator(FixedLocator(sorted(n * p for p in powers for n in (1, 2, 5))))
+        axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
 
 
 def _mark_underflow(axes: Axes, heights: np.ndarray) -> None:

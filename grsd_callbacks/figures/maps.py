@@ -127,4 +127,4 @@ def _lines(axes: Axes, run: Run) -> None:
     if np.isfinite(median).any():
         style = {"color": "white", "linewidth": 2, "marker": "o", "markersize": 2.5 if len(run.x) <= 60 else 0}
         outline = [withStroke(linewidth=4, foreground=drawing.BLACK)]
-        axes.plot(run.x, median, **style, path_effects=outline, label="frontier (median)")
+        axes.plot(run.x, median, **style, path_effects=outline, label="frontier")
