@@ -359,7 +359,7 @@ def test_a_writer_that_raises(monkeypatch, method):
 @pytest.mark.parametrize(
     ("target", "name"),
     [
-        (grsd_callbacks.run, "fit_energy"),
+        (grsd_callbacks.run, "spectrum_fits"),
         (grsd_callbacks.outlet, "summary_table"),
         (grsd_callbacks.outlet, "run_figures"),
         (grsd_callbacks.outlet.tags, "preformatted"),

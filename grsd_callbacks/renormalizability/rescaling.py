@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from grsd_callbacks.exponents import Closure, Estimate, velocity_exponents
+from grsd_callbacks.exponents import Closure, Estimate, VelocityExponents, velocity_exponents
 
 #: shells below this share of a measurement's energy are left out of the collapse: decayed ones, and rounding
 LEAST_SHARE = 1e-4
@@ -45,7 +46,7 @@ class TimeRescaling:
 
 
 def time_rescaling_covariance(
-    edges, times, energy, flux, chi: float, rho: float = 1.0, *, num_null: int = 0, seed: int = 0
+    edges: Any, times: Any, energy: Any, flux: Any, chi: float, rho: float = 1.0, *, num_null: int = 0, seed: int = 0
 ) -> TimeRescaling:
     """Covariance residual of the spectral velocity, and collapse score of the shell energies.
 
@@ -98,7 +99,7 @@ def time_rescaling_covariance(
     )
 
 
-def _velocity(edges: np.ndarray, t: np.ndarray, E: np.ndarray, J: np.ndarray):
+def _velocity(edges: np.ndarray, t: np.ndarray, E: np.ndarray, J: np.ndarray) -> VelocityExponents:
     """Fit of v = lambda u_b on inner edges, beside which neither open shell stands."""
     h = math.log(edges[-1] / edges[0]) / (len(edges) - 1)
     inner = E[:, 1:-1]
