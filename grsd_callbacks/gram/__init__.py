@@ -28,7 +28,7 @@ from grsd_callbacks.losses import wide_dtype
 from grsd_callbacks.probe import num_samples, take
 
 #: bytes of temporaries held at a time, by default
-ROW_MEMORY = 512 * 2**20
+ROW_MEMORY = 384 * 2**20
 _LEAST_MEMORY = 2**20
 
 
@@ -247,7 +247,7 @@ class _Computation:
 
     def _most(self, whole: Record) -> int:
         """Numbers per row of J that terms may keep in one sweep."""
-        return max(1, 5 * self.memory_limit // (8 * whole.outputs.numel() * whole.outputs.element_size()))
+        return max(1, 3 * self.memory_limit // (4 * whole.outputs.numel() * whole.outputs.element_size()))
 
     # -- work --------------------------------------------------------------------------------------------
 

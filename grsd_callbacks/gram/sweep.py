@@ -18,7 +18,7 @@ from grsd_callbacks.probe import take
 OVERHEAD_BOUND = {"cpu": 2**16}
 _OVERHEAD_BOUND_ELSEWHERE = 2**22
 #: columns held at a time, at least, for terms that multiply them with the forward's factor
-_COLUMNS_TO_MULTIPLY = 4
+_COLUMNS_TO_MULTIPLY = 2
 
 
 class Irregular(RuntimeError):
@@ -116,7 +116,7 @@ class Sweeper:
     ) -> tuple[dict[Call, Tensor], dict[str, Tensor]]:
         n, k = len(graph.outputs), columns.stop - columns.start
         parameters = [self.function.parameters[name] for name in leaves]
-        at_calls = [graph.outputs.new_empty(k, *match[call].shape) for call in calls]
+        at_calls = [_columns_inside(graph.outputs, k, match[call].shape) for call in calls]
         at_leaves = [p.new_empty(k, p.numel()) for p in parameters]
         v = torch.zeros_like(graph.outputs)
         for row in range(k):
@@ -136,6 +136,11 @@ class Sweeper:
         if keys.keys() != self.keys.keys():
             raise Irregular("the model calls other layers on part of the batch than on all of it")
         return {call: keys[key] for key, call in self.keys.items()}
+
+
+def _columns_inside(like: Tensor, k: int, shape: torch.Size) -> Tensor:
+    """Uninitialised (k, *shape), in memory (shape[0], k, ...): as a rule the samples come first."""
+    return like.new_empty(shape[0], k, *shape[1:]).transpose(0, 1) if shape else like.new_empty(k)
 
 
 def _keyed(calls: list[Call]) -> dict[tuple[int, int], Call]:
