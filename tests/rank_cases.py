@@ -8,7 +8,7 @@ import random
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -242,6 +242,31 @@ def shares(rank, size):
     return ops[0].local.num_samples, ops[0].local.num_products, partial.matrix, partial.plan, monitor.report
 
 
+def traffic(method):
+    """Bytes of tensors in the collectives of one measurement, and how many collectives."""
+    model = net()
+    options = {**METHODS[method], "transfer": False, "every_n_steps": 100}
+    monitor = ShellMonitor(model, "mse", data(), on_error="raise", figures=False, **options)
+    sent = []
+
+    def counted(original, objects):
+        def function(tensor, *args, **kwargs):
+            sent.append(0 if objects else tensor.numel() * tensor.element_size())
+            return original(tensor, *args, **kwargs)
+
+        return function
+
+    with ExitStack() as stack:
+        for name in ("broadcast", "reduce", "all_reduce"):
+            stack.enter_context(replaced(dist, name, counted(getattr(dist, name), False)))
+        for name in ("broadcast", "all_gather"):  # what objects are sent by
+            original = getattr(dist.distributed_c10d, name)
+            stack.enter_context(replaced(dist.distributed_c10d, name, counted(original, True)))
+        monitor.step(0, lr=0.1)
+        monitor.step(1, lr=0.1)
+    return sum(sent), len(sent), monitor.probe.num_samples * 3, sum(p.numel() for p in model.parameters())
+
+
 def collectives(rank, size):
     """Each method of the group on its own."""
     group = Group.current()
@@ -300,6 +325,8 @@ def run(rank, size):
         found[f"trained {method}"] = trained(True, rank, size, **METHODS[method])[0]
     for name in FAULTS:
         found[name] = faulty(name, rank, size)
+    for method in METHODS:
+        found[f"traffic {method}"] = traffic(method)
     found["raising"] = raising(rank, size)
     found["timed"] = timed(rank, size)
     found["by itself"] = [s.to_dict() for s in by_itself(rank)]

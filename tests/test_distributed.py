@@ -1,5 +1,6 @@
 """Two gloo processes against one: the same numbers, undisturbed training, and failures that all ranks share."""
 
+import json
 import math
 import os
 import subprocess
@@ -11,6 +12,7 @@ import rank_cases
 import torch
 from torch import nn
 
+from benchmarks import communication
 from grsd_callbacks import ShellMonitor
 from grsd_callbacks.distributed import Group
 from grsd_callbacks.functional import ModelFunction
@@ -154,6 +156,25 @@ def test_the_schedule_is_rank_zeros_decision(ranks):
     assert ranks[0]["timed"] == ranks[1]["timed"]
     steps, points, decision = ranks[0]["timed"]
     assert "at most 100 %" in decision and steps[:2] == [0, 1] and set(steps[2:]) == {*points, 40}
+
+
+@pytest.mark.parametrize("method", rank_cases.METHODS)
+def test_the_calculation_of_traffic_is_what_is_sent(ranks, method):
+    sent, num, rows, parameters = ranks[0][f"traffic {method}"]
+    options = {"exact": (0, 0), "krylov": (6, 4), "randomized": (6, 0)}[method]
+    one = communication.traffic(method, parameters, rows, options[0], density=options[1], itemsize=8)
+    assert sent == pytest.approx(one.payload, rel=0.01)
+    assert num == one.collectives
+
+
+def test_the_table_of_traffic(tmp_path, capsys):
+    found = communication.main(["--out", str(tmp_path / "table.json"), "--memory", "1e10"])
+    assert json.loads((tmp_path / "table.json").read_text())["results"] == found
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(found) and "calculated: 25 GB/s a rank" in lines[0]
+    for entry in found:
+        seconds = [entry["seconds"][str(r)] for r in communication.RANKS]
+        assert seconds[0] == 0.0 and seconds == sorted(seconds) and entry["fits"] == (entry["parameters"] <= 10**8)
 
 
 def test_collectives(ranks):
