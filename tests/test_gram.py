@@ -517,6 +517,36 @@ def test_arguments_and_outputs_are_checked():
         exact_gram(ModelFunction(model, outputs=lambda y: y.detach()), x)
 
 
+@pytest.mark.parametrize(
+    "name", ["scale", "multihead attention", "transformer encoder", "parametrized", "embedding sparse"]
+)
+def test_parameters_without_a_rule_take_one_backward_pass_per_output(name, monkeypatch):
+    model, x = built(name)
+    if name == "embedding sparse":
+        monkeypatch.setattr(type(model[0]), "forward", lambda self, t: F.embedding(t, self.weight))
+    taken = []
+    right = sweep.rows_of
+    monkeypatch.setattr(sweep, "rows_of", lambda *a: (taken.append(a[3]), right(*a))[1])
+    monkeypatch.setattr(sweep.Sweeper, "_record", None)  # no forward on single samples
+    monkeypatch.setattr(sweep, "OVERHEAD_BOUND", {"cpu": 0})
+    found = exact_gram(ModelFunction(model), x)
+    assert taken and set(sum(taken, [])) == {name for name, path in found.paths.items() if path == "rows"}
+    assert relative(found.matrix, oracle(model, x)) < 1e-10
+
+
+def test_a_model_that_vmap_refuses_takes_single_samples(monkeypatch):
+    model = Wrapped(
+        lambda s, x: s.a(x) * s.scale if float(x.sum()) > -1e9 else x, a=nn.Linear(6, 3),
+        scale=nn.Parameter(randn(3)),
+    ).double()  # fmt: skip
+    samples = []
+    right = sweep.Sweeper._record
+    monkeypatch.setattr(sweep.Sweeper, "_record", lambda self, i, k: (samples.append(k), right(self, i, k))[1])
+    found = exact_gram(ModelFunction(model), randn(n, 6))
+    assert found.paths["scale"] == "rows" and samples.count(1) == n
+    assert relative(found.matrix, oracle(model, randn(n, 6))) < 1e-10
+
+
 # ---- cost ----
 
 

@@ -134,11 +134,17 @@ class _Computation:
     def estimate(self) -> GramEstimate:
         whole = record(self.function, self.inputs, self.n)
         terms = self._terms(whole, self._check(whole)[1])
-        m = whole.outputs.numel()
-        kept = sum(term.kept for term in terms) * m * whole.outputs.element_size()
-        graph = 2 * sum(call.numel for call in whole.calls) * whole.outputs.element_size()
-        peak = 8 * m * m + min(self.memory_limit, kept + 8 * m * max((term.kept for term in terms), default=0)) + graph
-        return GramEstimate(sum(term.operations for term in terms), int(peak), self._paths(terms))
+        return GramEstimate(sum(term.operations for term in terms), self._peak(terms, whole), self._paths(terms))
+
+    def _peak(self, terms: list[Term], whole: Record) -> int:
+        """Bytes of the matrix, the graph, what a sweep keeps and gathers, and the float64 copies."""
+        m, size = whole.outputs.numel(), whole.outputs.element_size()
+        graph = 2 * size * sum(call.numel for call in whole.calls)
+        groups = _packed(terms, self._most(whole))
+        kept = max((sum(term.kept for term in group) for group in groups), default=0) * m * size
+        gathered = min(self.memory_limit // 4, graph * m // max(self.n, 1))
+        copies = min(self.memory_limit // 4, 12 * m * max((term.kept for term in terms), default=0))
+        return 8 * m * m + graph + kept + gathered + copies
 
     def gram(self) -> Gram:
         if self.function.interacting or (self.function.mode != "eval" and not self._independent()):
@@ -285,11 +291,14 @@ class _Computation:
 
 
 def _packed(terms: list[Term], most: int) -> list[list[Term]]:
-    """Groups of consecutive terms, latest layers first, that keep at most `most` numbers per row together."""
+    """Groups of consecutive terms, latest layers first, that keep at most `most` numbers per row together.
+
+    Terms on parameters' own gradients form groups of their own.
+    """
     groups: list[list[Term]] = []
     total = 0
     for term in reversed(terms):
-        if not groups or total + term.kept > most:
+        if not groups or total + term.kept > most or bool(term.leaves) != bool(groups[-1][0].leaves):
             groups.append([])
             total = 0
         groups[-1].append(term)

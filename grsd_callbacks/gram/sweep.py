@@ -10,6 +10,7 @@ from torch import Tensor
 
 from grsd_callbacks.functional import ModelFunction
 from grsd_callbacks.gram.capture import Record, record
+from grsd_callbacks.gram.expanded import rows_of
 from grsd_callbacks.gram.terms import Term
 from grsd_callbacks.layers import Call
 from grsd_callbacks.probe import take
@@ -17,6 +18,9 @@ from grsd_callbacks.probe import take
 #: numbers at the layers' outputs, all samples, below which one backward pass over copies of the samples beats C passes
 OVERHEAD_BOUND = {"cpu": 2**16}
 _OVERHEAD_BOUND_ELSEWHERE = 2**22
+#: numbers in many samples' gradients above which the samples one by one are faster (they stay in the cache)
+EXPANDED_BOUND = {"cpu": 2**21}
+_LEAST_EXPANDED = 8
 #: columns held at a time, at least, for terms that multiply them with the forward's factor
 _COLUMNS_TO_MULTIPLY = 2
 
@@ -46,6 +50,8 @@ class Sweeper:
         calls = list({call: None for term in terms for call in term.calls})
         leaves = list(dict.fromkeys(name for term in terms for name in term.leaves))
         numel = sum(call.numel for call in calls) // self.n
+        if leaves and not calls and self.n > 1 and self._by_expanded_leaves(terms, leaves):
+            return
         if self._is_overhead_bound(numel, leaves):
             at_calls = self._by_copies(calls)
             for term in terms:
@@ -68,6 +74,26 @@ class Sweeper:
         g = _pull(copies, calls, self._match(copies), [], targets, retain=False)
         split = {call: call.split(x.unsqueeze(0), len(index)) for call, x in zip(calls, g)}
         return {call: x.view(self.n, self.width, *x.shape[2:]) for call, x in split.items()}
+
+    def _by_expanded_leaves(self, terms: list[Term], leaves: list[str]) -> bool:
+        """Parameters' own gradients for many samples at a time; False if vmap refuses the model or does not pay."""
+        numel = sum(self.function.parameters[name].numel() for name in leaves)
+        most = EXPANDED_BOUND.get(self.function.device.type, self.memory_limit // self.itemsize)
+        chunk = min(self.n, most // numel, self.memory_limit // (self.itemsize * numel))
+        if chunk < min(self.n, _LEAST_EXPANDED):
+            return False
+        try:
+            for i in range(0, self.n, chunk):
+                samples = slice(i, min(i + chunk, self.n))
+                for column, rows in rows_of(self.function, self.inputs, self.n, leaves, samples):
+                    at_leaves = {name: g.unsqueeze(1) for name, g in rows.items()}
+                    for term in terms:
+                        term.take(samples, slice(column, column + 1), {}, at_leaves)
+        except Exception as error:  # a foreign forward under a transform may raise anything
+            if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error) or "allocate" in str(error):
+                raise
+            return False
+        return True
 
     def _by_columns(
         self, calls: list[Call], leaves: list[str], chunks: tuple[int, int], whole: Record | None
