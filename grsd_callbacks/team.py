@@ -328,8 +328,9 @@ class Team:
         Raises:
             ValueError: the ranks do not train the same model.
         """
-        if not self.divided:
+        if self.group.size == 1:
             return
+        self.divided, self.reason = True, ""
         self.rows = self.group.share(lambda: NTKOperator(model, inputs, **options).shape[0])
         made = self.group.together(lambda: self.operator(model, inputs, **options))
         layouts = self.group.gather([(tuple(t.shape), str(t.dtype)) for t in made.function.copies])
