@@ -342,7 +342,8 @@ class Team:
             )
         try:
             _, same = self.session(lambda: made, lambda op: isinstance(op, SharedOperator) and op.divides())
-            self.reason = "" if self.group.share(lambda: same) else "samples are not independent of each other"
+            same = self.group.share(lambda: bool(same)) and not made.function.interacting
+            self.reason = "" if same else "samples are not independent of each other"
         except Exception as error:  # the same on every rank
             self.reason = f"the model does not run on a part of the probe: {str(error).splitlines()[0][:100]}"
         self.divided = not self.reason
