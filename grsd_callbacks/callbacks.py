@@ -26,6 +26,7 @@ from grsd_callbacks.observation import check_observe, choose_observe
 from grsd_callbacks.optimizer import step_size
 from grsd_callbacks.outlet import first_line, remedy, warn
 from grsd_callbacks.probe import Probe, concatenate, probe_from, restored, samples_wanted, unpack_batch
+from grsd_callbacks.sharded import Twin, is_sharded
 from grsd_callbacks.sinks import JSONLinesSink, LoggerSink, MetricsSink, Sink
 from grsd_callbacks.snapshot import Snapshot
 from grsd_callbacks.training_step import (
@@ -48,7 +49,9 @@ except ImportError:
 _BASES = tuple(dict.fromkeys((_Callback, _OtherCallback)))
 
 #: strategies that shard parameters
-SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
+SHARDED = ("FSDPStrategy", "DeepSpeedStrategy")
+#: and that which makes them at the end of the set-up, as DTensors that can be gathered
+GATHERED = ("ModelParallelStrategy",)
 #: file of JSON lines in the run's log folder
 JSON_LINES = "grsd.jsonl"
 
@@ -252,6 +255,8 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
             self._sinks += json_lines_sink(self._json_lines, folder, trainer, self.name)
             if not self._sinks and not getattr(trainer, "fast_dev_run", False):
                 warn("grsd: the Trainer has no logger; measurements are kept in callback.history only.")
+        if type(trainer.strategy).__name__ in GATHERED:  # layers may not even exist yet
+            return
         if any(isinstance(p, UninitializedParameter) for p in pl_module.parameters()):
             return
         select_parameters(pl_module, self._settings["params"])
@@ -406,6 +411,10 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         return monitor
 
     def _make_monitor(self, trainer: Any, pl_module: nn.Module, batch: Any) -> ShellMonitor:
+        twin = None
+        if is_sharded(pl_module):
+            twin = self._group.together(lambda: Twin(pl_module))
+            pl_module = self._group.together(twin.refresh)
         self._group.together(lambda: self._check_forward(pl_module, batch))
         self._between = BetweenSteps(pl_module)
         if self._resume is not None and not self._other_probe:
@@ -422,7 +431,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
             if self._group.leads and (warning := warning_of_gap(observed)):
                 warn(warning)
         monitor = ShellMonitor(
-            pl_module,
+            twin or pl_module,
             loss,
             probe,
             num_probe=self._num_probe,
@@ -583,12 +592,12 @@ def _prefix(name: str) -> str:
 
 
 def refuse_sharded(trainer: Any) -> None:
-    """Strategies whose forward is a collective cannot be measured on rank zero alone; refused on every rank alike."""
+    """Strategies whose parameters cannot be gathered module by module; refused on every rank alike."""
     name = type(trainer.strategy).__name__
     if name in SHARDED:
         raise ValueError(
-            f"strategy {name} shards the parameters, which ShellDynamicsCallback cannot measure yet; train with DDP or "
-            "on one device, or measure saved checkpoints with ShellMonitor"
+            f"strategy {name} shards the parameters, which ShellDynamicsCallback cannot measure; train with DDP, or "
+            "with ModelParallelStrategy and fully_shard, or measure saved checkpoints with ShellMonitor"
         )
 
 

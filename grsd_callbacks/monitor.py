@@ -32,6 +32,7 @@ from grsd_callbacks.report import start_report, summary_table
 from grsd_callbacks.resume import changed_arguments, plain_arguments, same_probe
 from grsd_callbacks.run import Pending, Run
 from grsd_callbacks.schedule import FixedSchedule, LogSchedule
+from grsd_callbacks.sharded import Twin, is_sharded
 from grsd_callbacks.snapshot import Snapshot
 from grsd_callbacks.team import Team
 
@@ -43,7 +44,8 @@ class ShellMonitor:
     """Shell dynamics of a model in any training loop.
 
     Args:
-        model: the network; left bit-identical.
+        model: the network; left bit-identical. Parameters sharded by `fully_shard` are gathered into an unsharded twin
+            (or give the `Twin`), on every rank, where it fits.
         loss: "mse", "cross_entropy", an `nn.MSELoss`/`nn.CrossEntropyLoss`, or a callable (outputs, targets) -> scalar.
         probe: `(inputs, targets)` or a DataLoader; cloned once, never changed.
         num_probe: number of samples kept; None keeps a given pair whole, and of a loader one batch.
@@ -95,7 +97,7 @@ class ShellMonitor:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Twin,
         loss: Any,
         probe: Any,
         *,
@@ -122,7 +124,7 @@ class ShellMonitor:
             raise ValueError(f"on_error must be 'warn' or 'raise', got {on_error!r}")
         check_num_probe(num_probe)
         check_observe(observe, num_projections)
-        self.model = model
+        self.model: nn.Module = model.source if isinstance(model, Twin) else model
         self.settings = Settings(**settings)
         self.loss: Loss = resolve_loss(loss, nu)
         self._observing = (observe, num_projections, self.loss, self.settings)
@@ -132,6 +134,7 @@ class ShellMonitor:
         self._whole = isinstance(probe, (tuple, list, Probe))
         self.schedule = make_schedule(every_n_steps, max_overhead, total_steps, per_decade, pair)
         self.team = Team(Group.current() if distributed else Group())
+        self._twin = self._twin_of(model, distributed)
         self.samples: Probe = self._whole_probe(probe, num_probe, unpack)
         self.probe: Probe = self.samples
         self.outlet = Outlet(
@@ -168,16 +171,35 @@ class ShellMonitor:
         warn_of_few_samples(num_probe, found)
         return found
 
+    def _twin_of(self, model: Any, distributed: bool) -> Twin | None:
+        if isinstance(model, Twin) or not is_sharded(model):
+            return model if isinstance(model, Twin) else None
+        if not distributed:
+            raise ValueError("model is sharded over ranks, so they all have to measure it; leave distributed=True")
+        return self.team.group.together(lambda: Twin(model))
+
+    @property
+    def _unsharded(self) -> nn.Module:
+        """The model, or the unsharded twin of a sharded one."""
+        return self.model if self._twin is None else self._twin.module
+
+    def _gather(self) -> None:
+        """The twin at the model's present values."""
+        if self._twin is not None:
+            self.team.group.together(self._twin.make_room)
+            self.team.group.together(self._twin.refresh)
+
     def _operator(self) -> NTKOperator:
-        return self.team.operator(self.model, self.probe.inputs, **self._function_options())
+        return self.team.operator(self._unsharded, self.probe.inputs, **self._function_options())
 
     def _function_options(self) -> dict[str, Any]:
         return {name: getattr(self.settings, name) for name in ("params", "outputs", "dtype", "memory_limit")}
 
     def _prepare(self) -> None:
         """Run the model once on the probe: wrong use fails here, before the first step, on every rank."""
+        self._gather()
         self.team.group.together(self._observe)
-        self.team.settle(self.model, self.probe.inputs, **self._function_options())
+        self.team.settle(self._unsharded, self.probe.inputs, **self._function_options())
         method, self.report = self.team.group.share(self._prepare_here)
         self.settings = replace(self.settings, method=method)
 
@@ -187,7 +209,7 @@ class ShellMonitor:
         self.probe, self.loss, self.settings = self.samples, loss, replace(settings, method=self.settings.method)
         if observe is None:
             return
-        function = ModelFunction(self.model, params=settings.params, outputs=settings.outputs, dtype=settings.dtype)
+        function = ModelFunction(self._unsharded, params=settings.params, outputs=settings.outputs, dtype=settings.dtype)
         found = observed(function, self.probe, loss, observe, num_projections=num_projections, seed=settings.seed)
         self.probe, self.loss = found.probe, found.loss
         self.settings = replace(self.settings, outputs=found.outputs)
@@ -195,7 +217,7 @@ class ShellMonitor:
 
     def _prepare_here(self) -> tuple[str, str]:
         """The method that is chosen, and the report."""
-        op = operator_for(self.model, self.probe, self.settings)
+        op = operator_for(self._unsharded, self.probe, self.settings)
         outputs = op.outputs
         check_pair(self.loss, outputs, self.probe.targets)
         op.run(lambda: self.loss.evaluate(outputs, self.probe.targets))  # refuses what is no differentiable scalar
@@ -205,7 +227,7 @@ class ShellMonitor:
             products = self.settings.num_matvecs + self.settings.num_density_matvecs
             choice = choose_by_cost(op, products, self.settings.memory_limit)
             self.settings, reason = replace(self.settings, method=choice.method), choice.reason
-        ranks = self.team.describe()
+        ranks = self.team.describe() + ("; parameters gathered into an unsharded twin" if self._twin else "")
         report = start_report(op, self.loss, self.settings, self.schedule.describe(), reason, ranks)
         return self.settings.method, report
 
@@ -383,6 +405,7 @@ class ShellMonitor:
 
     def _take(self, step: int) -> Snapshot:
         self._check_identity()
+        self._gather()
         op, instant = self.team.session(self._operator, self._measured)
         snapshot = self.team.group.share(lambda: self._recorded(step, op, instant))
         if not self.team.leads:
@@ -394,7 +417,7 @@ class ShellMonitor:
 
     def _measured(self, op: NTKOperator) -> Instant:
         instant, _ = measure_with_operator(
-            self.model,
+            self._unsharded,
             self.probe,
             self.loss,
             self.settings,
@@ -420,6 +443,7 @@ class ShellMonitor:
 
     def _add_update(self, pending: Pending) -> None:
         """Work (and transfer) of the optimizer step that followed a measurement."""
+        self._gather()
         change = self.team.group.together(lambda: self._change(pending))
         _, done = self.team.session(lambda: pending.op, lambda op: self._updated(pending, change))
         done = self.team.group.share(lambda: self._written(done))
@@ -431,7 +455,7 @@ class ShellMonitor:
         """The parameters' change since the measurement, shape (P,), on rank zero."""
         if not self.team.leads:
             return None
-        parameters = dict(self.model.named_parameters())
+        parameters = dict(self._unsharded.named_parameters())
         copies = pending.op.function.parameters.items()
         return pending.op.flatten([parameters[name].detach().to(copy) - copy.detach() for name, copy in copies])
 
@@ -512,7 +536,8 @@ class ShellMonitor:
             )
 
     def _parameter_identity(self) -> tuple[tuple[int, bool], ...]:
-        return tuple((id(p), p.requires_grad) for p in self.model.parameters())
+        """Which parameters there are; sharded ones are other objects while they are gathered."""
+        return tuple((i if self._twin else id(p), p.requires_grad) for i, p in enumerate(self.model.parameters()))
 
     def _parameter_versions(self) -> tuple[int, ...]:
         return tuple(p._version for p in self.model.parameters())
@@ -568,6 +593,7 @@ class ShellMonitor:
                 self.team.group.together(self._observe)
             else:
                 self.probe = self.samples
+        self.team.settle(self._unsharded, self.probe.inputs, **self._function_options())
         self.schedule.load_state_dict(state["schedule"])
         self._last_step = state["last_step"]
         self.num_failed = int(state["num_failed"])

@@ -328,8 +328,9 @@ class Team:
         Raises:
             ValueError: the ranks do not train the same model.
         """
-        if not self.divided:
+        if self.group.size == 1:
             return
+        self.divided, self.reason = True, ""
         self.rows = self.group.share(lambda: NTKOperator(model, inputs, **options).shape[0])
         made = self.group.together(lambda: self.operator(model, inputs, **options))
         layouts = self.group.gather([(tuple(t.shape), str(t.dtype)) for t in made.function.copies])
@@ -341,7 +342,8 @@ class Team:
             )
         try:
             _, same = self.session(lambda: made, lambda op: isinstance(op, SharedOperator) and op.divides())
-            self.reason = "" if self.group.share(lambda: same) else "samples are not independent of each other"
+            same = self.group.share(lambda: bool(same)) and not made.function.interacting
+            self.reason = "" if same else "samples are not independent of each other"
         except Exception as error:  # the same on every rank
             self.reason = f"the model does not run on a part of the probe: {str(error).splitlines()[0][:100]}"
         self.divided = not self.reason

@@ -13,7 +13,9 @@ import rank_cases
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from grsd_callbacks import ShellDynamicsCallback
 from grsd_callbacks.kernel import NTKOperator
@@ -71,6 +73,27 @@ def broken(rank, where, method, on_call, error):
     )
 
 
+class Sharded(cases.Module):
+    """FSDP2, as Lightning asks for it."""
+
+    def configure_model(self):
+        mesh = self.device_mesh["data_parallel"]
+        for layer in self.net:
+            if isinstance(layer, nn.Linear):
+                fully_shard(layer, mesh=mesh)
+        fully_shard(self.net, mesh=mesh)
+
+
+def sharded(folder, *callbacks):
+    """Whole weights, buffers and generator of a run under ModelParallelStrategy."""
+    cases.seed()
+    module = Sharded(cases.bn_dropout(), nn.CrossEntropyLoss(), MOMENTUM)
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    cases.fit(module, cases.classes(), folder, callbacks, strategy=strategy, devices=2, max_epochs=1)
+    whole = [p.full_tensor().tolist() for p in module.parameters()] + [b.tolist() for b in module.buffers()]
+    return whole, torch.get_rng_state().tolist()
+
+
 def message(folder, **options):
     """What a run that cannot begin says."""
     try:
@@ -111,6 +134,9 @@ def run(folder):
     resumed = Resumed(every_n_steps=2)
     trainer, _ = fit(folder / "resumed", resumed, max_epochs=2, ckpt_path=folder / "saved.ckpt")
     found["resumed"] = resumed.found, [s.step for s in resumed.history]
+    callback = ShellDynamicsCallback(every_n_steps=2, num_probe=15, json_lines=None)
+    images = sharded(folder / "sharded"), sharded(folder / "sharded measured", callback)
+    found["sharded"] = images, [s.to_dict() for s in callback.history], callback.monitor.report
     return rank, found
 
 

@@ -16,6 +16,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import grsd_callbacks.functional as functional
 import grsd_callbacks.team as team_module
@@ -23,6 +26,7 @@ from grsd_callbacks import ShellMonitor
 from grsd_callbacks.distributed import ElsewhereError, Group
 from grsd_callbacks.gram.division import partial_gram
 from grsd_callbacks.kernel import NTKOperator
+from grsd_callbacks.sharded import Twin, is_sharded
 from grsd_callbacks.team import SharedOperator
 
 METHODS = {
@@ -56,7 +60,7 @@ def spread(model, rank):
 
 def train(monitor, model, rank=0, size=1, num_steps=4, train_mode=False, pause=0.0):
     """Full-batch descent, each rank on all samples, so that one process takes the same steps to rounding."""
-    parallel = nn.parallel.DistributedDataParallel(model) if size > 1 else model
+    parallel = nn.parallel.DistributedDataParallel(model) if size > 1 and not is_sharded(model) else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     dtype = next(model.parameters()).dtype
     x, y = data(dtype)
@@ -195,6 +199,49 @@ def raising(rank, size):
 # ---- other cases ----
 
 
+def fully_sharded(model):
+    """Every linear layer, and the rest together."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def sharded(method, size):
+    """As `measured`, of a model sharded by `fully_shard`, which leaves buffers alone: they are the same here."""
+    model = fully_sharded(net())
+    monitor = ShellMonitor(model, "mse", data(), every_n_steps=2, on_error="raise", **METHODS[method])
+    train(monitor, model, 0, size)
+    return [snapshot.to_dict() for snapshot in monitor.history], monitor.report
+
+
+def sharded_training(monitored, rank, size, room=Twin.make_room):
+    """Weights and generators of a sharded run, how many measurements failed, and what was warned of."""
+    model = fully_sharded(net())
+    torch.manual_seed(rank)
+    with replaced(Twin, "make_room", room), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        monitor = ShellMonitor(model, "mse", data(), every_n_steps=1, **METHODS["exact"]) if monitored else None
+        train(monitor, model, rank, size, num_steps=3, train_mode=True)
+    whole = [p.full_tensor().tolist() for p in model.parameters()] + [b.tolist() for b in model.buffers()]
+    messages = [str(w.message) for w in caught if "failed" in str(w.message)]
+    return (whole, torch.get_rng_state().tolist()), monitor and monitor.num_failed, messages
+
+
+def refused_shards():
+    """What is said of models that cannot be gathered."""
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    parallel = parallelize_module(net(), init_device_mesh("cpu", (dist.get_world_size(),)), plan)
+    found = []
+    for model, options in ((parallel, {}), (fully_sharded(net()), {"distributed": False})):
+        try:
+            ShellMonitor(model, "mse", data(), **options)
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
 def timed(rank, size):
     """The default schedule where rank 1 trains and measures at another speed."""
     original = SharedOperator._gram
@@ -329,6 +376,13 @@ def run(rank, size):
         found[f"traffic {method}"] = traffic(method)
     found["raising"] = raising(rank, size)
     found["timed"] = timed(rank, size)
+    for method in METHODS:
+        found[f"sharded {method}"] = sharded(method, size)
+    found["sharded plain"] = sharded_training(False, rank, size)
+    found["sharded measured"] = sharded_training(True, rank, size)
+    room = failing(Twin.make_room, 3, out_of_memory()) if rank == 1 else Twin.make_room
+    found["sharded failing"] = sharded_training(True, rank, size, room)
+    found["refused shards"] = refused_shards()
     found["by itself"] = [s.to_dict() for s in by_itself(rank)]
     return found
 

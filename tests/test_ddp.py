@@ -97,6 +97,17 @@ def test_wrong_use_is_refused_on_all_ranks(ranks):
         assert found["wrong use"].startswith("ValueError: probe targets must have the outputs' shape (32, 10)")
 
 
+def test_a_sharded_model_is_measured_like_a_whole_one(ranks):
+    """ModelParallelStrategy with fully_shard: same weights, probe and first measurement as under DDP."""
+    for found in ranks:
+        (plain, measured), history, report = found["sharded"]
+        assert repr(plain) == repr(measured) and "parameters gathered into an unsharded twin" in report
+        assert [s["step"] for s in history] == [0, 2]
+        there = found["exact"]["history"][0]
+        steps = {name: there[name] for name in ("work", "summary")}
+        assert_same_run([there], [{**history[0], **steps}], 1e-6)
+
+
 def test_a_checkpoint_resumes_on_all_ranks(ranks):
     for found in ranks:
         assert found["resumed"] == ([0, 2], [0, 2, 4])

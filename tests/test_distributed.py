@@ -177,6 +177,30 @@ def test_the_table_of_traffic(tmp_path, capsys):
         assert seconds[0] == 0.0 and seconds == sorted(seconds) and entry["fits"] == (entry["parameters"] <= 10**8)
 
 
+@pytest.mark.parametrize("method", rank_cases.METHODS)
+def test_a_sharded_model_is_measured_like_a_whole_one(ranks, method):
+    """FSDP2; the parameters are gathered from both ranks."""
+    snapshots, report = ranks[0][f"sharded {method}"]
+    assert_same_run(rank_cases.measured(method, "float64"), snapshots, 1e-12)
+    assert "parameters gathered into an unsharded twin" in report
+    assert repr(ranks[1][f"sharded {method}"]) == repr(ranks[0][f"sharded {method}"])
+
+
+def test_sharded_training_is_bit_identical_on_both_ranks(ranks):
+    for rank, found in enumerate(ranks):
+        plain, measured, failing = (found[f"sharded {name}"] for name in ("plain", "measured", "failing"))
+        assert repr(plain[0]) == repr(measured[0]) == repr(failing[0])
+        assert measured[1:] == (0, []) and failing[1] == 1 and len(failing[2]) == (rank == 0)
+    assert "failed on rank 1 (OutOfMemoryError: out of memory (made up))" in ranks[0]["sharded failing"][2][0]
+
+
+def test_shards_that_cannot_be_gathered_are_refused(ranks):
+    for found in ranks:
+        parallel, alone = found["refused shards"]
+        assert "is tensor parallel, so it computes on a part of its parameters and cannot be measured" in parallel
+        assert "so they all have to measure it; leave distributed=True" in alone
+
+
 def test_collectives(ranks):
     zero, one = (found["collectives"] for found in ranks)
     for found in (zero, one):

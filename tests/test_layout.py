@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "grsd_callbacks"
 
 LEVELS = {
     0: {"distributed", "guard", "json_lines", "lean", "memory"},
-    1: {"functional", "krylov", "layers", "losses", "optimizer", "probe"},
+    1: {"functional", "krylov", "layers", "losses", "optimizer", "probe", "sharded"},
     2: {"kernel", "gram", "paths", "plan", "training_step"},
     3: {"method", "randomized", "spectrum", "team", "observation"},
     4: {"shells"},
