@@ -59,7 +59,8 @@ def picture(found: dict[str, dict[float, float]], out: Path) -> None:
     figure = Figure((6.4, 4.0), dpi=100, layout="constrained")
     axes = figure.subplots()
     for (name, by_edge), marker, colour in zip(found.items(), "osD", ("#0072b2", "#d55e00", "#009e73")):
-        axes.plot(list(by_edge), list(by_edge.values()), marker=marker, color=colour, label=name, markersize=4)
+        positive = [rate if rate > 0 else float("nan") for rate in by_edge.values()]  # in shells of rounding's size
+        axes.plot(list(by_edge), positive, marker=marker, color=colour, label=name, markersize=4)
     axes.axhline(1, color="0.6", linewidth=0.8)
     axes.set(xscale="log", yscale="log", xlabel=r"kernel eigenvalue $\lambda$  (1 / flow time)",
              ylabel="effective learning rate\n(1: the median shell's)",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,6 +57,8 @@ _EXPONENTS = {
     "b": "spectral velocity |v| ~ lambda^b t^p of the energy through shell edges: exponent of lambda",
     "p": "spectral velocity |v| ~ lambda^b t^p of the energy through shell edges: exponent of flow time",
 }
+#: what the custom scalars open with
+MAIN_EXPONENTS = ("a", "q", "chi", "rho")
 _CLOSURES = {
     "chi_minus_rho_q": "chi - rho q, q of the first measurement (chi_tail, rho_contour where known): 0 in a power law",
     "count_slope": "n - 1/a: 0 where the spectrum is a power law",
@@ -354,16 +356,11 @@ def layout(prefix: str = "grsd_") -> dict[str, Any]:
     def lines(*tags: str) -> list[Any]:
         return ["Multiline", [re.escape(_with(prefix, tag)) + "$" for tag in tags]]
 
-    bands = {
-        f"{name}: {meaning}": [
-            "Margin",
-            [
-                _with(prefix, tag)
-                for tag in (f"grsd_exponents/{name}", f"grsd_bands/{name}_lower", f"grsd_bands/{name}_upper")
-            ],
-        ]
-        for name, meaning in reversed(_EXPONENTS.items())  # TensorBoard shows margin charts in reverse
-    }
+    def bands(names: Iterable[str]) -> dict[str, list[Any]]:
+        tags = {n: (f"grsd_exponents/{n}", f"grsd_bands/{n}_lower", f"grsd_bands/{n}_upper") for n in names}
+        drawn = {f"{n}: {_EXPONENTS[n]}": ["Margin", [_with(prefix, tag) for tag in tags[n]]] for n in tags}
+        return dict(reversed(drawn.items()))  # TensorBoard shows margin charts in reverse
+
     first = prefix.rstrip("_")
     return {
         f"{first} 1: what is learning": {
@@ -373,7 +370,7 @@ def layout(prefix: str = "grsd_") -> dict[str, Any]:
                 "grsd_spectrum/lambda_max", "grsd_spectrum/mean_eigenvalue"
             ),
         },
-        f"{first} 2: exponents, bands are 95 % intervals": bands,
+        f"{first} 2: exponents, bands are 95 % intervals": bands(MAIN_EXPONENTS),
         f"{first} 3: lazy or rich": {
             "transport over dissipation (0: lazy)": lines("grsd_regime/transport_ratio"),
             "change of the kernel since the start": lines("grsd_regime/kernel_drift", "grsd_regime/cka_distance"),
@@ -384,6 +381,7 @@ def layout(prefix: str = "grsd_") -> dict[str, Any]:
             "lr x lambda_max (above 2: no gradient flow)": lines("grsd_health/lr_lambda_max"),
             "time spent on measuring (%)": lines("grsd_health/overhead_percent"),
         },
+        f"{first} 5: other exponents": bands(name for name in _EXPONENTS if name not in MAIN_EXPONENTS),
     }
 
 

@@ -135,7 +135,7 @@ def test_page_needs_nothing_from_outside(run, tmp_path, capsys):
     assert str(page) in capsys.readouterr().out
     assert not re.search(r"https?://|<link|<script|url\(", text)
     sources = re.findall(r'src="([^"]*)"', text)
-    assert len(sources) == 7 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert len(sources) == 8 and all(source.startswith("data:image/png;base64,") for source in sources)
     assert all(base64.b64decode(source.split(",")[1])[:4] == b"\x89PNG" for source in sources)
     assert html.escape(callback.summary()) in text
     assert [p.name for p in tmp_path.iterdir()] == ["page.html"], "no half-written file stays behind"
@@ -145,7 +145,7 @@ def test_page_from_event_files_has_the_figures_that_the_run_drew(run, tmp_path):
     for path in run[0].glob("events*"):
         os.link(path, tmp_path / path.name)
     assert command("report", tmp_path, "--html", tmp_path / "page.html") == 0
-    assert (tmp_path / "page.html").read_text().count("data:image/png") == 6
+    assert (tmp_path / "page.html").read_text().count("data:image/png") == 7
 
 
 # -- damaged and foreign files ---------------------------------------------------------------------------
