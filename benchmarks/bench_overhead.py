@@ -1,51 +1,163 @@
-"""What the callback costs: paired training runs with and without it, on the demo's nets, default schedule.
+"""What the callback costs: paired training runs with and without it, default schedule.
 
-Each pair trains the same net twice, in alternating order, and compares wall-clock time of `fit` without set-up; the
-median over pairs of the ratio is set against the overhead that the callback itself reports. JSON with the environment
-goes to benchmarks/results/.
+Each round trains the same net without a callback, with an idle callback of the same hooks (the control: what Lightning
+itself spends on one more callback) and with ours, in changing order, and compares the time of `fit` without set-up; CPU
+time of the process, which a busy machine disturbs less, and wall-clock time. Medians over rounds of the ratios stand
+beside the overhead that the callback itself reports. JSON with the environment goes to benchmarks/results/.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import platform
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import grsd_callbacks as grsd
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import digits
 
-#: optimizer steps of a run, and pairs of runs
-SIZES = {"tiny": (60, 1), "small": (2000, 3), "full": (4000, 5)}
-RESULTS = Path(__file__).parent / "results"
+from benchmarks import common, nets
+
+#: rounds, and by case the optimizer steps of a run
+ROUNDS = {"tiny": 1, "small": 3, "full": 5}
+STEPS: dict[str, dict[str, int]] = {
+    "tiny": {"mlp": 30, "resnet": 12},
+    "small": {"mlp": 2000, "cnn": 2000, "resnet": 1000, "gpt": 1000},
+    "full": {"mlp": 4000, "cnn": 4000, "resnet": 2000, "gpt": 2000},
+}
+#: samples of a training batch and of the probe (None: the callback's own choice)
+BATCH = {"mlp": 128, "cnn": 128, "resnet": 64, "gpt": 32}
+PROBE = {"mlp": None, "cnn": None, "resnet": 16, "gpt": 4}
+#: changes of the benchmark nets' sizes: a CIFAR-size ResNet and a 4-layer GPT at full size
+CHANGES: dict[str, dict[str, dict[str, int]]] = {
+    "tiny": {"resnet": {"width": 4, "blocks": 1, "side": 8}},
+    "small": {"resnet": {"width": 8, "side": 16}, "gpt": {"layers": 2, "width": 64, "length": 32}},
+    "full": {},
+}
+VARIANTS = ("off", "control", "on")
 
 
 class Stopwatch(L.Callback):
     """Seconds from the first batch to the end of training, whatever other callbacks do in between."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.start = time.perf_counter()
+        self._start = time.process_time(), time.perf_counter()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.seconds = time.perf_counter() - self.start
+        self.cpu, self.wall = time.process_time() - self._start[0], time.perf_counter() - self._start[1]
 
 
-def run(name: str, steps: int, measure: bool, logdir: Path) -> tuple[float, grsd.ShellDynamicsCallback | None]:
-    """Seconds of training and the callback, if there was one."""
+class Idle(L.Callback):
+    """The hooks that ours has, empty."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        pass
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        pass
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        pass
+
+
+class Module(L.LightningModule):
+    """Adam or SGD on a fixed loss; text nets learn from every position."""
+
+    def __init__(self, net: nn.Module, criterion: nn.Module, optimizer: Callable[..., torch.optim.Optimizer]) -> None:
+        super().__init__()
+        self.net, self.criterion, self.optimizer = net, criterion, optimizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.criterion(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer(self.parameters())
+
+
+def task(name: str, size: str) -> tuple[L.LightningModule, TensorDataset]:
+    """Net, loss and data of a case, the same at every call."""
+    L.seed_everything(0, verbose=False)
+    if name in ("mlp", "cnn"):
+        x, labels = digits.digits()
+        if name == "mlp":
+            y = torch.nn.functional.one_hot(labels, digits.NUM_CLASSES).float()
+            return digits.Net(digits.mlp(), nn.MSELoss(), lr=0.5, adam=False), TensorDataset(x, y)
+        return digits.Net(digits.cnn(), nn.CrossEntropyLoss(), lr=1e-3, adam=True), TensorDataset(x, labels)
+    kind, changes = {"resnet": "resnet_bn", "gpt": "gpt"}[name], CHANGES[size].get(name, {})
+    data_changes = {k: v for k, v in changes.items() if k not in ("width", "blocks", "layers")}
+    net, data = nets.build(kind, **changes), nets.batch(kind, n=1024, **data_changes)
+    module = Module(net, nets.loss_function(kind), lambda parameters: torch.optim.Adam(parameters, 1e-3))
+    return module, TensorDataset(data.inputs, data.targets)
+
+
+def run(name: str, size: str, steps: int, variant: str, logdir: Path) -> dict[str, Any]:
+    """Seconds of one training run, and the callback if it was on."""
+    module, data = task(name, size)
     watch = Stopwatch()
-    found = digits.train(name, steps, logdir, None, measure=measure, quiet=True, extra=[watch], figures=False)
-    return watch.seconds, found["callback"]
+    callback = grsd.ShellDynamicsCallback(num_probe=PROBE[name], figures=False) if variant == "on" else None
+    more = {"off": [], "control": [Idle()], "on": [callback]}[variant]
+    trainer = L.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=L.pytorch.loggers.TensorBoardLogger(logdir, name=name),
+        callbacks=[watch, *more],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        log_every_n_steps=20,
+    )
+    trainer.fit(module, DataLoader(data, batch_size=BATCH[name], shuffle=True))
+    return {"cpu": watch.cpu, "wall": watch.wall, "callback": callback}
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Figures of one case."""
+    steps = args.steps or STEPS[args.size][name]
+    run(name, args.size, min(50, steps), "on", args.logdir)  # warm up
+    rounds = []
+    for i in range(args.rounds):
+        order = VARIANTS[i % 3 :] + VARIANTS[: i % 3]
+        rounds.append({variant: run(name, args.size, steps, variant, args.logdir) for variant in order})
+    callbacks = [found["on"]["callback"] for found in rounds]
+
+    def percent(clock: str, a: str, b: str) -> list[float]:
+        return [100 * (found[a][clock] / found[b][clock] - 1) for found in rounds]
+
+    return {
+        "case": name,
+        "steps": steps,
+        "step_ms": 1e3 * statistics.median(found["off"]["cpu"] for found in rounds) / steps,
+        "on_cpu_percent": percent("cpu", "on", "off"),
+        "control_cpu_percent": percent("cpu", "control", "off"),
+        "on_wall_percent": percent("wall", "on", "off"),
+        "reported_percent": [100 * callback.monitor.overhead for callback in callbacks],
+        "measurements": [len(callback.history) for callback in callbacks],
+        "method": callbacks[0].monitor.settings.method,
+        "schedule": callbacks[0].monitor.schedule.describe(),
+    }
+
+
+def row(found: dict[str, Any]) -> tuple[str, ...]:
+    """One line of the table: medians."""
+    keys = ("on_cpu_percent", "control_cpu_percent", "on_wall_percent", "reported_percent")
+    shares = [f"{statistics.median(found[key]):+.2f} %" for key in keys]
+    return (found["case"], f"{found['step_ms']:.2f} ms", *shares, str(found["measurements"]), found["schedule"])
 
 
 def flux_share(repeats: int = 15) -> float:
@@ -57,69 +169,34 @@ def flux_share(repeats: int = 15) -> float:
     grid = state.budget.grid
     tasks = (lambda: grsd.four_corner_flux(state.state, state.state, grid, 1.0), lambda: grsd.measure(net, probe, loss))
     medians = []
-    for task in tasks:
+    for each in tasks:
         times = []
         for _ in range(repeats):
             start = time.perf_counter()
-            task()
+            each()
             times.append(time.perf_counter() - start)
         medians.append(statistics.median(times))
     return medians[0] / medians[1]
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=SIZES, default="full", help="steps and pairs of runs")
-    parser.add_argument("--steps", type=int, default=None)
-    parser.add_argument("--pairs", type=int, default=None)
+    parser = common.parser(__doc__.splitlines()[0], "overhead")
+    parser.add_argument("--steps", type=int, default=None, help="of every run")
+    parser.add_argument("--rounds", type=int, default=None)
     parser.add_argument("--logdir", type=Path, default=Path("logs/bench"))
-    parser.add_argument("--out", type=Path, default=RESULTS / "overhead.json")
     args = parser.parse_args(argv)
-    steps, pairs = args.steps or SIZES[args.size][0], args.pairs or SIZES[args.size][1]
+    args.rounds = args.rounds or ROUNDS[args.size]
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
-    results = {}
-    for name in ("squared", "cross_entropy"):
-        run(name, 50, True, args.logdir)  # warm up
-        ratios, reported, counts = [], [], []
-        for pair in range(pairs):
-            seconds = {}
-            for measure in (True, False) if pair % 2 else (False, True):
-                seconds[measure], callback = run(name, steps, measure, args.logdir)
-                if callback is not None:
-                    reported.append(100 * callback.monitor.overhead)
-                    counts.append(len(callback.history))
-            ratios.append(100 * (seconds[True] / seconds[False] - 1))
-        results[name] = {
-            "steps": steps,
-            "measured_overhead_percent": statistics.median(ratios),
-            "all_pairs_percent": ratios,
-            "reported_overhead_percent": statistics.median(reported),
-            "measurements": counts,
-        }
-        print(
-            f"{name}: {results[name]['measured_overhead_percent']:.2f} % measured (median of {pairs} pairs), "
-            f"{results[name]['reported_overhead_percent']:.2f} % reported, {counts} measurements"
-        )
+    torch.set_num_threads(args.threads)
+    results = []
+    for name in common.chosen(STEPS[args.size], args.cases):
+        results.append(measure(name, args))
+        columns = ("case", "step", "on, CPU", "control, CPU", "on, wall", "reported", "measurements", "schedule")
+        print(common.table(columns, [row(results[-1])]), flush=True)
     share = flux_share()
     print(f"four-corner flux: {100 * share:.1f} % of an exact measurement")
-    record = {"results": results, "flux_share_of_measurement": share, "environment": environment()}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
-    return record
-
-
-def environment() -> dict[str, object]:
-    """What a reader needs to judge the figures."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "lightning": L.__version__,
-        "grsd_callbacks": grsd.__version__,
-        "processor": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
+    return common.save(args, results, flux_share_of_measurement=share)
 
 
 if __name__ == "__main__":

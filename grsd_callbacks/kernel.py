@@ -37,8 +37,6 @@ from grsd_callbacks.probe import num_samples, take
 __all__ = ["ADJOINT_TOLERANCE", "FORWARD_PATHS", "NTKOperator", "synchronise"]
 
 T = TypeVar("T")
-#: where not all graphs fit, a chunk is this share of the bound: the others are kept, one is built when needed
-CHUNKS_PER_BOUND = 4
 #: most vectors in one batched product
 MOST_COLUMNS = 32
 
@@ -313,24 +311,13 @@ class NTKOperator:
             self.plan = replace(self.plan, lean=not why, refused=refused)
         if not self.plan.chunk_size:
             each = trial.sample_bytes(bool(self.plan.lean))
-            self.plan = replace(self.plan, sample_bytes=each, chunk_size=self._chunk_for(trial, each))
-
-    def _chunk_for(self, trial: Trial, sample_bytes: float) -> int:
-        if self._asked_chunk is not None:
-            return self._asked_chunk
-        if self.function.mode != "eval" or sample_bytes * self.num_samples <= self.memory_limit:
-            return self.num_samples
-        if trial.interact():
-            warnings.warn(
-                f"the graphs of {self.num_samples} samples hold about {sample_bytes * self.num_samples:.2g} bytes, "
-                f"more than memory_limit = {self.memory_limit}, and cannot be built in chunks: samples interact in "
-                "this model. Take a smaller probe, or raise memory_limit.",
-                RuntimeWarning,
-                stacklevel=2,
+            self.plan = replace(
+                self.plan, sample_bytes=each, chunk_size=self._asked_chunk or self._automatic_chunk(trial, each)
             )
-            return self.num_samples
-        most = int(self.memory_limit / (CHUNKS_PER_BOUND * sample_bytes))
-        return max(1, min(self.num_samples, most))
+
+    def _automatic_chunk(self, trial: Trial, sample_bytes: float) -> int:
+        n = self.num_samples
+        return trial.chunk_size(n, sample_bytes, self.memory_limit) if self.function.mode == "eval" else n
 
     def _choose(self, timed: bool) -> None:
         self.chunk_size  # noqa: B018  found before the path

@@ -25,6 +25,8 @@ from torch import Tensor
 BOUND_GUARD = 1e-9
 #: nodes closer than this (relative) are one
 COINCIDENT = 4e-12
+#: steps between looks at the coefficients on an accelerator, which make the host wait
+LOOK_EVERY = 16
 #: numbers in one block of the bounds' root finding (1 MB, so that it stays in the cache)
 _BLOCK = 2**17
 
@@ -94,44 +96,85 @@ def golub_kahan(
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
     r = start.detach().to(torch.float64)
     norm = float(r.norm())
-    m = r.numel()
-    left = torch.zeros(m, min(num_steps, m) + 1, dtype=torch.float64, device=r.device)
-    alphas: list[float] = []
-    betas: list[float] = []
-    products = 0.0
     if norm == 0.0 or not norm < float("inf"):
-        return Bidiagonalization(_row(alphas), _row(betas), norm, left[:, :0], True, products)
-    left[:, 0] = r / norm
-    right: Tensor | None = None
-    scale = 0.0
-    for j in range(min(num_steps, m)):
-        pulled = apply_adjoint(left[:, j])
-        products += 0.5
-        eps = max(torch.finfo(pulled.dtype).eps, 5e-15)
-        tiny = breakdown if breakdown is not None else 4 * eps
-        if right is not None:
-            pulled = pulled - betas[-1] * right
-        alpha = float(pulled.to(torch.float64).norm())
-        if alpha <= tiny * scale or alpha == 0.0:  # u_j lies in the null space: a node at zero, and all is exact
-            alphas.append(0.0)
-            betas.append(0.0)
-            return Bidiagonalization(_row(alphas), _row(betas), norm, left[:, : j + 1], True, products, eps)
-        right = pulled / alpha
-        alphas.append(alpha)
-        scale = max(scale, alpha)
-        pushed = apply(right).to(torch.float64) - alpha * left[:, j]
-        products += 0.5
-        basis = left[:, : j + 1]
+        return Bidiagonalization(_row([]), _row([]), norm, r.new_zeros(r.numel(), 0), True, 0.0)
+    run = _Recurrence(apply, apply_adjoint, r / norm, min(num_steps, r.numel()), breakdown)
+    look_every = 1 if r.device.type == "cpu" else LOOK_EVERY
+    for j in range(run.num_steps):
+        run.step(j)
+        if (j + 1) % look_every == 0 and run.end() is not None:
+            break
+    return run.result(norm)
+
+
+class _Recurrence:
+    """The coefficients stay on the device, so that steps do not wait for it; `end` fetches them.
+
+    Steps after a breakdown are rounding noise and are cut off by `result`.
+    """
+
+    def __init__(
+        self,
+        apply: Callable[[Tensor], Tensor],
+        apply_adjoint: Callable[[Tensor], Tensor],
+        first: Tensor,
+        num_steps: int,
+        breakdown: float | None,
+    ) -> None:
+        self.apply, self.apply_adjoint, self.num_steps, self.breakdown = apply, apply_adjoint, num_steps, breakdown
+        self.left = torch.zeros(first.numel(), num_steps + 1, dtype=torch.float64, device=first.device)
+        self.left[:, 0] = first
+        self.coefficients: list[Tensor] = []  # alpha_1, beta_2, alpha_2, beta_3, ...
+        self.values: list[float] = []  # those that have been fetched
+        self.right: Tensor | None = None
+        self.eps = 5e-15
+        self._looked, self._largest = 0, 0.0
+        self._end: int | None = None
+
+    def step(self, j: int) -> None:
+        """One product with A^T and one with A."""
+        pulled = self.apply_adjoint(self.left[:, j])
+        self.eps = max(torch.finfo(pulled.dtype).eps, 5e-15)
+        if self.right is not None:
+            pulled = pulled - self.coefficients[-1].to(pulled.dtype) * self.right
+        alpha = pulled.to(torch.float64).norm()
+        self.right = pulled / alpha.to(pulled.dtype).clamp_min(torch.finfo(pulled.dtype).tiny)
+        pushed = self.apply(self.right).to(torch.float64) - alpha * self.left[:, j]
+        basis = self.left[:, : j + 1]
         for _ in range(2):
             pushed = pushed - basis @ (basis.T @ pushed)
-        beta = float(pushed.norm())
-        if beta <= tiny * scale or j + 1 == m:
-            betas.append(0.0)
-            return Bidiagonalization(_row(alphas), _row(betas), norm, left[:, : j + 1], True, products, eps)
-        betas.append(beta)
-        scale = max(scale, beta)
-        left[:, j + 1] = pushed / beta
-    return Bidiagonalization(_row(alphas), _row(betas), norm, left, False, products, eps)
+        beta = pushed.norm()
+        self.coefficients += [alpha, beta]
+        self.left[:, j + 1] = pushed / beta.clamp_min(1e-300)
+
+    def end(self) -> int | None:
+        """Index of the first coefficient that is rounding noise against those before it, if there is one."""
+        if new := self.coefficients[len(self.values) :]:
+            self.values += torch.stack(new).tolist()
+        tiny = self.breakdown if self.breakdown is not None else 4 * self.eps
+        while self._looked < len(self.values) and self._end is None:
+            value = self.values[self._looked]
+            if value <= tiny * self._largest or value == 0.0:
+                self._end = self._looked
+            self._largest = max(self._largest, value)
+            self._looked += 1
+        return self._end
+
+    def result(self, norm: float) -> Bidiagonalization:
+        """What the steps taken have found, up to the end."""
+        end = self.end()
+        values = _row(self.values)
+        spent = len(values) // 2
+        if end is None and len(values) == 2 * self.left.shape[0]:  # all m directions are used up
+            end = len(values) - 1
+        num_steps = len(values) // 2 if end is None else end // 2 + 1
+        alphas, betas = values[0::2][:num_steps].clone(), values[1::2][:num_steps].clone()
+        if end is not None:
+            betas[-1] = 0.0
+            if end % 2 == 0:  # u_j lies in the null space: a node at zero, and all is exact
+                alphas[-1] = 0.0
+        kept = self.left[:, : num_steps + (end is None)]
+        return Bidiagonalization(alphas, betas, norm, kept, end is not None, float(spent), self.eps)
 
 
 def gauss_rule(factor: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from grsd_callbacks.gram import ROW_MEMORY, gram_operations
+from grsd_callbacks.gram import gram_operations
 from grsd_callbacks.kernel import NTKOperator, synchronise
 from grsd_callbacks.losses import wide_dtype
 from grsd_callbacks.probe import take
@@ -19,6 +19,10 @@ MAX_EXACT = {"cpu": 1024, "cuda": 4096}
 PREFERENCE = 3.0
 #: multiplications of a symmetric eigenproblem with vectors, in units of m^3
 EIGEN_OPERATIONS = 9.0
+#: eigenvectors and work space, in units of m^2 bytes
+EIGEN_BYTES = 16
+#: one kernel product, in backward passes
+PRODUCT = 2.2
 
 
 @dataclass(frozen=True)
@@ -43,32 +47,50 @@ def method_by_size(op: NTKOperator) -> str:
 
 
 def choose_by_cost(op: NTKOperator, num_products: int, memory_limit: int | None = None) -> MethodChoice:
-    """Exact if m is small enough and it costs at most `PREFERENCE` times the products.
+    """Exact if m is small enough, memory allows it, and it costs at most `PREFERENCE` times the products.
 
     Args:
         op: the operator on the probe.
         num_products: kernel products that the matrix-free way would spend.
-        memory_limit: bytes of temporaries that the exact kernel would be given.
+        memory_limit: bytes of temporaries that the exact kernel would be given; as much again may be held beside
+            them (matrix, eigenvectors, graph of the probe). None takes the operator's own bounds.
 
-    Cost: four backward passes and one small matrix product, timed once.
+    Cost: a trial of the products and a recorded forward, four backward passes and one small matrix product, timed once.
     """
     m = op.shape[0]
     largest = MAX_EXACT.get(op.device.type, MAX_EXACT["cpu"])
     if m > largest:
-        return MethodChoice("krylov", f"m = {m} is above {largest}")
-    estimate = gram_operations(op.function, op.inputs, memory_limit=memory_limit or ROW_MEMORY)
+        return MethodChoice("krylov", f"m = {m} is above {largest}, the most for an exact kernel on this device")
+    temporaries = memory_limit or op.gram_memory
+    bound = 2 * temporaries if memory_limit else temporaries + op.memory_limit
+    if EIGEN_BYTES * m**2 > bound:
+        return MethodChoice("krylov", f"an exact kernel's eigenvectors take {_megabytes(EIGEN_BYTES * m**2, bound)}")
+    estimate = gram_operations(op.function, op.inputs, memory_limit=temporaries)
+    held = estimate.peak_bytes + EIGEN_BYTES * m**2
+    if held > bound:
+        return MethodChoice("krylov", f"an exact kernel takes {_megabytes(held, bound)}")
     rate = _multiplications_per_second(op)
     exact = (estimate.operations + EIGEN_OPERATIONS * m**3) / rate
     if any(path.startswith("rows") for path in estimate.paths.values()):
         exact += m * _single_backward_seconds(op)
-    v = torch.ones(m, dtype=op.dtype, device=op.device)
-    op.vjp(v)
-    backward = _seconds(op, lambda: op.vjp(v))
+    krylov = PRODUCT * _backward_seconds(op) * num_products
     op.release()
-    krylov = 2.2 * backward * num_products
     method = "exact" if exact <= PREFERENCE * krylov else "krylov"
-    reason = f"about {exact:.2g} s exact, {krylov:.2g} s by {num_products} products"
+    reason = (
+        f"about {exact:.2g} s and {held / 1e6:.0f} MB exact, {krylov:.2g} s by {num_products} products, "
+        f"measured on this machine"
+    )
     return MethodChoice(method, reason, exact, krylov)
+
+
+def _megabytes(held: float, bound: float) -> str:
+    return f"{held / 1e6:.0f} MB, above the bound of {bound / 1e6:.0f} MB"
+
+
+def _backward_seconds(op: NTKOperator) -> float:
+    v = torch.ones(op.shape[0], dtype=op.dtype, device=op.device)
+    op.vjp(v)
+    return _seconds(op, lambda: op.vjp(v))
 
 
 def _single_backward_seconds(op: NTKOperator) -> float:
@@ -81,9 +103,7 @@ def _single_backward_seconds(op: NTKOperator) -> float:
         outputs=op.function.extract,
         dtype=op.dtype,
     )
-    v = torch.ones(one.shape[0], dtype=op.dtype, device=op.device)
-    one.vjp(v)
-    return _seconds(one, lambda: one.vjp(v)) / one.num_samples
+    return _backward_seconds(one) / one.num_samples
 
 
 def _multiplications_per_second(op: NTKOperator, size: int = 384) -> float:

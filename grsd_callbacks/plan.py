@@ -28,6 +28,8 @@ T = TypeVar("T")
 ADJOINT_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 #: the trial takes one in so many samples, two at least
 TRIAL_SHARE = 16
+#: where not all graphs fit, a chunk is this share of the bound: the others are kept, one is built when needed
+CHUNKS_PER_BOUND = 4
 #: a path this many times the cost of J^T v is good enough to try no other
 GOOD_ENOUGH = 1.3
 #: and so is one faster than this (seconds): a choice by noise would make runs differ in rounding
@@ -102,6 +104,21 @@ class Trial:
             except (RuntimeError, NotImplementedError):  # no second derivative: the other paths hold one graph
                 pass
         return self._saved.total / self.num_samples
+
+    def chunk_size(self, n: int, sample_bytes: float, memory_limit: int) -> int:
+        """Samples per graph for n samples: all that fit into the bound together, else a part of what fits."""
+        if sample_bytes * n <= memory_limit:
+            return n
+        if self.interact():
+            warnings.warn(
+                f"the graphs of {n} samples hold about {sample_bytes * n:.2g} bytes, more than memory_limit = "
+                f"{memory_limit}, and cannot be built in chunks: samples interact in this model. Take a smaller probe, "
+                "or raise memory_limit.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return n
+        return max(1, min(n, int(memory_limit / (CHUNKS_PER_BOUND * sample_bytes))))
 
     def choose(self, plan: ProductPlan, *, timed: bool = True, rebuilt: bool = False) -> ProductPlan:
         """The plan with a path: the fastest right one, or untimed the first right one.

@@ -106,6 +106,7 @@ def test_overhead_benchmark_runs(tmp_path, monkeypatch):
     bench = load("benchmarks", "bench_overhead")
     out = tmp_path / "overhead.json"
     record = bench.main(["--size", "tiny", "--logdir", str(tmp_path / "logs"), "--out", str(out)])
-    assert set(record["results"]) == {"squared", "cross_entropy"} and out.exists()
-    for found in record["results"].values():
-        assert found["reported_overhead_percent"] > 0 and found["measurements"] == [3]
+    assert [found["case"] for found in record["results"]] == ["mlp", "resnet"] and out.exists()
+    for found in record["results"]:
+        assert found["reported_percent"][0] > 0 and found["measurements"] == [3]
+        assert len(found["on_cpu_percent"]) == len(found["control_cpu_percent"]) == 1

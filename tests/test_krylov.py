@@ -7,6 +7,7 @@ import torch
 from nets import orthogonal, randn
 from torch import nn
 
+from grsd_callbacks import krylov
 from grsd_callbacks.krylov import cumulative_bounds, gauss_rule, golub_kahan
 from grsd_callbacks.losses import resolve_loss
 from grsd_callbacks.measure import Settings, measure
@@ -276,3 +277,24 @@ def test_copies_of_degenerate_eigenvalues_leave_the_bounds_rigorous(num_outputs,
             slack = 1e-12 * truth.sum()
             assert bool(((bounds[0] - slack <= truth) & (truth <= bounds[1] + slack)).all()), (seed, name)
         assert float(found.energy[-1]) < 1e-8 * float(exact.energy.sum())  # nothing strays into the overflow shell
+
+
+@pytest.mark.parametrize("rank", [3, 5, 8])
+def test_looking_rarely_changes_nothing(monkeypatch, rank):
+    """On an accelerator the coefficients are looked at now and then; what follows a breakdown is cut off."""
+    generator = torch.Generator().manual_seed(rank)
+    A = torch.randn(8, rank, generator=generator, dtype=torch.float64)
+    A = A @ torch.randn(rank, 12, generator=generator, dtype=torch.float64)
+    r = torch.randn(8, generator=generator, dtype=torch.float64)
+    often = golub_kahan(lambda w: A @ w, lambda u: A.T @ u, r, 8)
+    end, asked = krylov._Recurrence.end, []
+
+    def rarely(self):
+        asked.append(len(self.coefficients))
+        return end(self) if len(self.coefficients) == 16 else None
+
+    monkeypatch.setattr(krylov._Recurrence, "end", rarely)
+    found = golub_kahan(lambda w: A @ w, lambda u: A.T @ u, r, 8)
+    assert found.exhausted and often.exhausted and asked[-1] == 16 and found.num_products >= often.num_products
+    for name in ("alphas", "betas", "left"):
+        assert torch.equal(getattr(found, name), getattr(often, name))

@@ -5,10 +5,12 @@ import torch
 from nets import autograd_rows, cnn, jacobian, mlp, randn, relative, seeded
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from grsd_callbacks.kernel import NTKOperator
 from grsd_callbacks.paths import Products
 from grsd_callbacks.plan import BATCHED_PARAMETERS, ProductPlan, overhead_dominates
+from grsd_callbacks.transfer import kernel_velocity
 
 
 def spied(monkeypatch):
@@ -198,3 +200,48 @@ def test_the_trial_takes_few_samples(monkeypatch):
 def test_wrong_memory_limit(value):
     with pytest.raises(ValueError, match="memory_limit must be a positive integer or None"):
         NTKOperator(mlp(), randn(7, 5), memory_limit=value)
+
+
+# ---- cost, by counted operations ----
+
+
+def operations(n, width):
+    """Multiplications of one kernel product of a net with square layers."""
+    net = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1))
+    op = NTKOperator(net, torch.randn(n, width, generator=torch.Generator().manual_seed(0)))
+    op @ torch.ones(n)
+    with FlopCounterMode(display=False) as counter:
+        op @ torch.ones(n)
+    return counter.get_total_flops(), op.num_parameters
+
+
+def test_a_product_costs_two_passes_and_grows_linearly_in_samples_and_parameters():
+    small, P = operations(8, 32)
+    # J^T v and J w: a layer's weight and its input, each once; the first layer has no gradient for its input
+    assert small == 2 * 2 * 8 * (32 * 32 + 2 * 32 * 32 + 2 * 32)
+    assert operations(32, 32)[0] == 4 * small
+    wide, more = operations(8, 128)
+    assert wide / small == pytest.approx(more / P, rel=0.05)
+
+
+def test_memory_of_products_does_not_grow_with_the_number_of_vectors():
+    """Nothing of size k P is held, in block products and in the matrix-free transfer."""
+    net = nn.Sequential(nn.Linear(60, 600), nn.Tanh(), nn.Linear(600, 4)).double()
+    op = NTKOperator(net, randn(5, 60))
+    P = op.num_parameters
+    V, velocity = randn(20, 18), randn(P)
+
+    def most(task):
+        task()
+        with torch.profiler.profile(profile_memory=True) as profile:
+            task()
+        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        held = highest = 0
+        for event in events:
+            held += event.nbytes()
+            highest = max(highest, held)
+        return highest / (8 * P)
+
+    assert most(lambda: op @ V) < 8
+    assert most(lambda: kernel_velocity(op, velocity, V)) < 10
+    assert most(lambda: op.vjp(V)) > 18  # what was asked for

@@ -8,6 +8,7 @@ from nets import MAIN, Embedded, cnn, jacobian, mlp, orthogonal, randint, randn,
 from torch import nn
 
 from grsd_callbacks import testing as known
+from grsd_callbacks import transfer
 from grsd_callbacks.flux import KernelState, four_corner_flux
 from grsd_callbacks.kernel import NTKOperator
 from grsd_callbacks.losses import resolve_loss
@@ -431,3 +432,20 @@ def test_kink_gap_of_no_change():
 def test_refusals(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_the_memory_bound_reaches_the_transfer(monkeypatch, share):
+    """Chunks change nothing, and the exact kernels are given the bound."""
+    model, x = mlp(), randn(23, 5)
+    whole, v = NTKOperator(model, x), velocity_of(model)
+    V = randn(69, 3)
+    expected = kernel_velocity(whole, v, V)
+    limit = int(share * whole.plan.sample_bytes * 23)
+    op = NTKOperator(model, x, memory_limit=limit)
+    assert relative(kernel_velocity(op, v, V), expected) < 1e-12 and op.chunk_size < 23
+    given = []
+    original = transfer.exact_gram
+    monkeypatch.setattr(transfer, "exact_gram", lambda *a, **k: given.append(k["memory_limit"]) or original(*a, **k))
+    assert relative(kernel_velocity(op, v, V, method="central"), expected) < 1e-6
+    assert given == [limit, limit]
