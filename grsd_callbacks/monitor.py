@@ -209,7 +209,8 @@ class ShellMonitor:
         self.probe, self.loss, self.settings = self.samples, loss, replace(settings, method=self.settings.method)
         if observe is None:
             return
-        function = ModelFunction(self._unsharded, params=settings.params, outputs=settings.outputs, dtype=settings.dtype)
+        options = {name: getattr(settings, name) for name in ("params", "outputs", "dtype")}
+        function = ModelFunction(self._unsharded, **options)
         found = observed(function, self.probe, loss, observe, num_projections=num_projections, seed=settings.seed)
         self.probe, self.loss = found.probe, found.loss
         self.settings = replace(self.settings, outputs=found.outputs)
