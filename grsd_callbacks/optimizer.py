@@ -50,7 +50,7 @@ def step_size(optimizers: Optimizer | Iterable[Optimizer]) -> StepSize:
         1.0
     """
     alone = hasattr(optimizers, "param_groups") or not isinstance(optimizers, Iterable)
-    several: list[Any] = [optimizers] if alone else list(optimizers)
+    several: list[Any] = [optimizers] if alone else list(optimizers)  # type: ignore[arg-type]
     for optimizer in several:
         if not hasattr(optimizer, "param_groups"):
             kind = type(optimizer).__name__
