@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from grsd_callbacks.functional import ModelFunction, select_parameters
 from grsd_callbacks.guard import DisturbedTraining, preserve_object_rng, undisturbed
 from grsd_callbacks.losses import Loss, check_pair, resolve_loss
 from grsd_callbacks.measure import Settings
-from grsd_callbacks.monitor import ShellMonitor, check_num_probe, make_schedule
+from grsd_callbacks.monitor import ShellMonitor, check_num_probe, check_options, make_schedule
 from grsd_callbacks.observation import check_observe, choose_observe
 from grsd_callbacks.optimizer import step_size
 from grsd_callbacks.outlet import first_line, remedy, warn
@@ -168,16 +169,19 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         super().__init__()
         if isinstance(probe, str) and probe != "auto":
             raise ValueError(f"probe must be 'auto', (inputs, targets) or a DataLoader, got {probe!r}")
-        if on_error not in ("warn", "raise"):
-            raise ValueError(f"on_error must be 'warn' or 'raise', got {on_error!r}")
+        check_options(on_error, {"pair": pair, "work": work, "transfer": transfer, "figures": figures}, unpack)
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a str, got {type(name).__name__}")
+        if not isinstance(json_lines, (str, os.PathLike, type(None))):
+            raise TypeError(f"json_lines must be 'auto', a path or None, got {type(json_lines).__name__}")
         if name and not name.replace("_", "").isalnum():
             raise ValueError(f"name must consist of letters, digits and underscores, got {name!r}")
         check_num_probe(num_probe)
         check_observe(observe, num_projections)
         self._observe, self._num_projections = observe, num_projections
         self._step_asked = step_name(outputs)
-        if self._step_asked is not None and (loss != "auto" or unpack is not None):
-            given = "loss=" if loss != "auto" else "unpack="
+        if self._step_asked is not None and (not _is_auto(loss) or unpack is not None):
+            given = "loss=" if not _is_auto(loss) else "unpack="
             raise ValueError(f"outputs={outputs!r} takes loss and batch as training_step has them; leave {given} out")
         make_schedule(every_n_steps, max_overhead, None, per_decade, pair)
         self._settings: dict[str, Any] = {
@@ -191,7 +195,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
             "memory_limit": memory_limit,
         }
         Settings(**self._settings)
-        if loss != "auto":
+        if not _is_auto(loss):
             resolve_loss(loss, nu)
         self._is_pair = isinstance(probe, (tuple, list, Probe))
         self._loss, self._nu = loss, nu
@@ -344,7 +348,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         self._step, self._why, self._resolved = self._step_asked, "", None
         if self._step is None:
             try:
-                self._resolved = resolve_loss(auto_loss(pl_module) if self._loss == "auto" else self._loss, self._nu)
+                self._resolved = resolve_loss(auto_loss(pl_module) if _is_auto(self._loss) else self._loss, self._nu)
             except ValueError as error:
                 self._take_step(pl_module, error)
         else:
@@ -352,7 +356,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
 
     def _take_step(self, pl_module: nn.Module, reason: Exception) -> None:
         """Measure training_step where forward cannot be measured and nothing else was asked for; else raise."""
-        if self._loss != "auto" or self._settings["outputs"] is not None or self._unpack is not unpack_batch:
+        if not _is_auto(self._loss) or self._settings["outputs"] is not None or self._unpack is not unpack_batch:
             raise reason
         try:
             check_step(pl_module)
@@ -367,7 +371,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
 
     def _check_forward(self, pl_module: nn.Module, batch: Any) -> None:
         """Where loss="auto" has found a loss: whether it fits forward on the training batches."""
-        if self._resolved is None or self._loss != "auto" or not isinstance(self._probe, str):
+        if self._resolved is None or not _is_auto(self._loss) or not isinstance(self._probe, str):
             return
         try:
             first = Probe(*self._unpack(batch)).check()
@@ -585,6 +589,10 @@ def refuse_collisions(trainer: Any, callback: ShellDynamicsCallback) -> None:
             raise ValueError(
                 f"json_lines={callback._json_lines!r} is the file of two ShellDynamicsCallbacks; give each its own"
             )
+
+
+def _is_auto(value: Any) -> bool:
+    return isinstance(value, str) and value == "auto"
 
 
 def _prefix(name: str) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from grsd_callbacks.arguments import checked
 from grsd_callbacks.kernel import NTKOperator
 from grsd_callbacks.shells import ShellBudget, ShellGrid
 from grsd_callbacks.spectrum import SpectralMeasure, spectral_measure
@@ -73,6 +74,7 @@ class SpectralDensity:
         return replace(budget, counts=counts, count_bounds=bounds)
 
 
+@checked
 def spectral_density(
     op: NTKOperator, num_matvecs: int, *, nu: float = 1.0, generator: torch.Generator | None = None
 ) -> SpectralDensity:

@@ -51,10 +51,13 @@ class Histogram:
     sum_of_squares: float
 
     def __post_init__(self) -> None:
-        for name in ("edges", "counts"):
-            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
-        for name in ("minimum", "maximum", "total", "sum_of_squares"):
-            object.__setattr__(self, name, float(getattr(self, name)))
+        for name in ("edges", "counts", "minimum", "maximum", "total", "sum_of_squares"):
+            value, several = getattr(self, name), name in ("edges", "counts")
+            try:
+                object.__setattr__(self, name, tuple(map(float, value)) if several else float(value))
+            except (TypeError, ValueError, RuntimeError):
+                kind = "numbers" if several else "a number"
+                raise TypeError(f"{name} must be {kind}, got {type(value).__name__}") from None
         if len(self.edges) != len(self.counts) + 1:
             raise ValueError(
                 f"edges must hold one limit more than there are counts, got {len(self.edges)} edges and "

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grsd_callbacks.arguments import checked
 from grsd_callbacks.shells import ShellGrid
 
 
@@ -76,6 +77,7 @@ class ShellFlux:
     reason: str = ""
 
 
+@checked
 def four_corner_flux(
     before: KernelState, after: KernelState, grid: ShellGrid, dt: float, *, width: float | None = None
 ) -> ShellFlux:

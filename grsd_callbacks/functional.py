@@ -64,6 +64,9 @@ class ModelFunction:
         dtype: torch.dtype | None = None,
         mode: str = "eval",
     ) -> None:
+        check_function("outputs", outputs)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
         selected = select_parameters(model, params)
         self.model = model
         self.mode = mode
@@ -196,10 +199,28 @@ def _predicate(params: ParameterFilter) -> Callable[[str, nn.Parameter], bool]:
         return lambda name, p: True
     if callable(params):
         return params
-    patterns = [params] if isinstance(params, str) else list(params)
+    patterns = check_patterns(params)
+    return lambda name, p: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def check_patterns(params: Any) -> list[str]:
+    """The name patterns; none for a predicate, which is looked at when it is called.
+
+    Raises:
+        TypeError: `params` is something else.
+    """
+    if params is None or callable(params):
+        return []
+    patterns = [params] if isinstance(params, str) else list(params) if isinstance(params, Iterable) else [params]
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError("params must be None, a predicate (name, parameter) -> bool, or name patterns")
-    return lambda name, p: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    return patterns
+
+
+def check_function(name: str, value: Any) -> None:
+    """Raise a `TypeError` unless an optional function is one."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be a function or None, got {type(value).__name__}")
 
 
 def _working_dtype(parameters: Iterable[Tensor]) -> torch.dtype:

@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from grsd_callbacks.arguments import checked
+
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 FIRST_BYTES = b'{"step": '  # every line of ours begins so; tells a half-written line of ours from a foreign file
 
@@ -34,6 +36,7 @@ def append_json_line(path: str | os.PathLike[str], step: int, **parts: Any) -> N
         os.fsync(file.fileno())
 
 
+@checked
 def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Read lines of `append_json_line`, also while it is being written or after the writer was killed.
 

@@ -96,7 +96,7 @@ class NTKOperator:
         forward: str = "auto",
         mode: str = "eval",
     ) -> None:
-        if forward not in ("auto", *FORWARD_PATHS):
+        if not (isinstance(forward, str) and forward in ("auto", *FORWARD_PATHS)):
             raise ValueError(f"forward must be 'auto' or one of {FORWARD_PATHS}, got {forward!r}")
         for name, value in (("chunk_size", chunk_size), ("memory_limit", memory_limit)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):

@@ -146,7 +146,10 @@ class Loss:
         if isinstance(weight, Tensor) and weight.device != f.device and self.kind != "general":
             self.function.weight = weight.to(f.device)  # type: ignore[attr-defined]  # made before the model moved
         as_they_are = getattr(self.function, "takes_targets_as_they_are", False)
-        value = self.function(f, targets if as_they_are else widened(targets, f))
+        try:
+            value = self.function(f, targets if as_they_are else widened(targets, f))
+        except TypeError as error:
+            raise TypeError(f"loss cannot be called as loss(outputs, targets): {error}") from error
         if not isinstance(value, Tensor) or value.numel() != 1:
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"loss must return a scalar tensor, got {got}; use a 'mean' or 'sum' reduction")
@@ -171,9 +174,10 @@ def resolve_loss(loss: Any, nu: float | None = None) -> Loss:
         raise ValueError(f"nu must be a positive number, got {nu!r}")
     if isinstance(loss, Loss):
         return loss
-    if loss == "mse" or loss is F.mse_loss:
+    name = loss if isinstance(loss, str) else None
+    if name == "mse" or loss is F.mse_loss:
         loss = nn.MSELoss()
-    elif loss == "cross_entropy" or loss is F.cross_entropy:
+    elif name == "cross_entropy" or loss is F.cross_entropy:
         loss = nn.CrossEntropyLoss()
     if isinstance(loss, str):
         raise ValueError(f"loss must be 'auto', 'mse', 'cross_entropy' or a callable, got {loss!r}")

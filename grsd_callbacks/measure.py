@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grsd_callbacks.arguments import checked
 from grsd_callbacks.density import spectral_density
 from grsd_callbacks.flux import KernelState
-from grsd_callbacks.functional import ParameterFilter
+from grsd_callbacks.functional import ParameterFilter, check_function, check_patterns
 from grsd_callbacks.kernel import NTKOperator, synchronise
 from grsd_callbacks.losses import Loss, Residual, check_pair, wide_dtype
 from grsd_callbacks.method import method_by_size
@@ -32,6 +33,10 @@ from grsd_callbacks.spectrum import (
 METHODS = ("auto", "exact", "krylov", "randomized")
 #: decades of headroom above lambda_max of the first measurement, and the deepest grid
 HEADROOM, MAX_DECADES = 2.0, 12.0
+
+
+#: dtypes of a measurement
+WORKING_DTYPES = (torch.float32, torch.float64)
 
 
 class BadState(RuntimeError):
@@ -64,16 +69,20 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
+        if not (isinstance(self.method, str) and self.method in METHODS):
             raise ValueError(f"method must be one of {METHODS}, got {self.method!r}")
         for name, least in (("num_matvecs", 2), ("num_density_matvecs", 0), ("shells_per_decade", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        if self.dtype not in (None, torch.float32, torch.float64):
+        if not (self.dtype is None or (isinstance(self.dtype, torch.dtype) and self.dtype in WORKING_DTYPES)):
             raise ValueError(f"dtype must be torch.float32, torch.float64 or None, got {self.dtype!r}")
         if self.memory_limit is not None and not (isinstance(self.memory_limit, int) and self.memory_limit > 0):
             raise ValueError(f"memory_limit must be a positive number of bytes, got {self.memory_limit!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"seed must be an integer, got {type(self.seed).__name__}")
+        check_function("outputs", self.outputs)
+        check_patterns(self.params)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +118,7 @@ class Instant:
     paths: dict[str, str] = field(default_factory=dict)
 
 
+@checked
 def measure(
     model: nn.Module, probe: Probe, loss: Loss, settings: Settings | None = None, grid: ShellGrid | None = None
 ) -> Instant:

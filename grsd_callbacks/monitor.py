@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from grsd_callbacks.distributed import Group, failed_rank
 from grsd_callbacks.exponents import PowerLawFit
-from grsd_callbacks.functional import ModelFunction
+from grsd_callbacks.functional import ModelFunction, check_function
 from grsd_callbacks.guard import DisturbedTraining
 from grsd_callbacks.kernel import NTKOperator
 from grsd_callbacks.losses import Loss, calibrate, check_pair, resolve_loss
@@ -120,8 +120,11 @@ class ShellMonitor:
         distributed: bool = True,
         **settings: Any,
     ) -> None:
-        if on_error not in ("warn", "raise"):
-            raise ValueError(f"on_error must be 'warn' or 'raise', got {on_error!r}")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        check_options(on_error, {"pair": pair, "work": work, "transfer": transfer, "figures": figures}, unpack)
+        if not isinstance(prefix, str):
+            raise TypeError(f"prefix must be a str, got {type(prefix).__name__}")
         check_num_probe(num_probe)
         check_observe(observe, num_projections)
         self.model: nn.Module = model.source if isinstance(model, Twin) else model
@@ -274,8 +277,7 @@ class ShellMonitor:
         Returns:
             The `Snapshot`, or None if nothing was due or the measurement failed.
         """
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise ValueError(f"step must be a non-negative integer, got {step!r}")
+        _check_step(step)
         size = _given_size(optimizer, lr, flow_time)
         if self.team.group.size > 1:  # a rank that went on alone would leave the others waiting
             return self._step(step, size, flow_time)
@@ -354,6 +356,9 @@ class ShellMonitor:
                 parameters have been written to since.
             flow_time: t at the end, for loops that give it themselves.
         """
+        if step is not None:
+            _check_step(step)
+        _given_size(None, None, flow_time)
         if self.team.group.size > 1:
             return self._finish(step, flow_time)
         return self._attempt(self._last_step or 0, lambda: self._finish(step, flow_time))
@@ -635,17 +640,38 @@ def make_schedule(
     return log if every_n_steps is None else FixedSchedule(every_n_steps)
 
 
+def check_options(on_error: Any, switches: dict[str, Any], unpack: Any) -> None:
+    """Raise unless on_error is a known word, switches are True or False, and unpack a function or None."""
+    if not (isinstance(on_error, str) and on_error in ("warn", "raise")):
+        raise ValueError(f"on_error must be 'warn' or 'raise', got {on_error!r}")
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+    check_function("unpack", unpack)
+
+
 def check_num_probe(num_probe: int | None) -> None:
     """Raise unless num_probe is None or a positive integer."""
     if num_probe is not None and (isinstance(num_probe, bool) or not isinstance(num_probe, int) or num_probe < 1):
         raise ValueError(f"num_probe must be a positive integer (or None), got {num_probe!r}")
 
 
+def _check_step(step: Any) -> None:
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise ValueError(f"step must be a non-negative integer, got {step!r}")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 def _given_size(optimizer: Any, lr: float | None, flow_time: float | None = None) -> StepSize:
+    if flow_time is not None and not _is_finite(flow_time):
+        raise ValueError(f"flow_time must be a finite number, got {flow_time!r}")
     if optimizer is not None:
         return step_size(optimizer)
     if lr is not None:
-        if not (isinstance(lr, (int, float)) and math.isfinite(lr)):
+        if not _is_finite(lr):
             raise ValueError(f"lr must be a finite number, got {lr!r}")
         return StepSize(float(lr), float(lr))
     return NO_STEP_SIZE if flow_time is None else replace(NO_STEP_SIZE, nominal=False)

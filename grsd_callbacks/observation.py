@@ -41,7 +41,7 @@ _MEANING = {
 
 def check_observe(observe: str | None, num_projections: int) -> None:
     """Raise unless both are as `observed` takes them."""
-    if observe is not None and observe not in OBSERVE:
+    if observe is not None and not (isinstance(observe, str) and observe in OBSERVE):
         raise ValueError(f"observe must be None or one of {OBSERVE}, got {observe!r}")
     if isinstance(num_projections, bool) or not isinstance(num_projections, int) or num_projections < 1:
         raise ValueError(f"num_projections must be a positive integer, got {num_projections!r}")

@@ -49,10 +49,12 @@ def step_size(optimizers: Optimizer | Iterable[Optimizer]) -> StepSize:
         >>> step_size(torch.optim.SGD([w], lr=0.5, momentum=0.5)).flow
         1.0
     """
-    several: list[Any] = [optimizers] if hasattr(optimizers, "param_groups") else list(optimizers)
+    alone = hasattr(optimizers, "param_groups") or not isinstance(optimizers, Iterable)
+    several: list[Any] = [optimizers] if alone else list(optimizers)  # type: ignore[arg-type]
     for optimizer in several:
         if not hasattr(optimizer, "param_groups"):
-            raise TypeError(f"optimizer must be a torch optimizer with param_groups, got {type(optimizer).__name__}")
+            kind = type(optimizer).__name__
+            raise TypeError(f"optimizers must be a torch optimizer with param_groups, or several, got {kind}")
     flows = [_group_flow(optimizer, group) for optimizer in several for group in optimizer.param_groups]
     if not flows or any(math.isnan(lr) for lr, _ in flows):
         return NO_STEP_SIZE

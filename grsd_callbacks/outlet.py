@@ -63,7 +63,11 @@ class Outlet:
     """
 
     def __init__(self, writer: Any, prefix: str, on_error: str, quiet: bool = False) -> None:
-        self.sinks = SinkGroup([] if writer is None else writer if isinstance(writer, (list, tuple)) else [writer])
+        several = [] if writer is None else writer if isinstance(writer, (list, tuple)) else [writer]
+        try:
+            self.sinks = SinkGroup(several)
+        except TypeError as error:
+            raise TypeError(f"writer: {error}") from None
         self.prefix, self.on_error = prefix, on_error
         self._warned: set[str] = set()
         self.quiet = quiet

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grsd_callbacks.arguments import checked
 from grsd_callbacks.spectrum import Eigendecomposition, SpectralMeasure
 
 #: a shell is resolved if half its bounds' width is at most this fraction of the estimate
@@ -36,7 +37,10 @@ class ShellGrid:
     edges: Tensor
 
     def __post_init__(self) -> None:
-        edges = torch.as_tensor(self.edges, dtype=torch.float64, device="cpu")
+        try:
+            edges = torch.as_tensor(self.edges, dtype=torch.float64, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"edges must be a tensor of numbers, got {type(self.edges).__name__} ({error})") from None
         if edges.dim() != 1 or edges.numel() < 2:
             raise ValueError(f"edges must be a vector of at least 2 values, got shape {tuple(edges.shape)}")
         if not bool(torch.isfinite(edges).all()) or float(edges[0]) <= 0 or bool((edges.diff() <= 0).any()):
@@ -44,6 +48,7 @@ class ShellGrid:
         object.__setattr__(self, "edges", edges)
 
     @classmethod
+    @checked
     def logarithmic(cls, low: float, high: float, per_decade: int = 3) -> ShellGrid:
         """Edges at 10^(k / per_decade) that enclose [low, high], so that runs compare.
 
@@ -137,6 +142,7 @@ class ShellBudget:
     resolved: Tensor
 
 
+@checked
 def shell_budget(
     spectrum: Eigendecomposition | SpectralMeasure,
     residual: Tensor | None,

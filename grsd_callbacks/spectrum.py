@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from grsd_callbacks.arguments import checked, positive
 from grsd_callbacks.kernel import NTKOperator
 from grsd_callbacks.krylov import Bidiagonalization, cumulative_bounds, gauss_rule, golub_kahan
 from grsd_callbacks.losses import wide_dtype
@@ -36,6 +37,7 @@ class Eigendecomposition:
         return self.eigenvectors.T @ vector.to(self.eigenvectors)
 
 
+@checked
 def eigendecomposition(op: NTKOperator | Tensor, nu: float = 1.0) -> Eigendecomposition:
     """All eigenpairs of M = nu J J^T from the exact kernel.
 
@@ -54,7 +56,7 @@ def eigendecomposition(op: NTKOperator | Tensor, nu: float = 1.0) -> Eigendecomp
     dense = op if isinstance(op, Tensor) else op.gram()
     if dense.dim() != 2 or dense.shape[0] != dense.shape[1]:
         raise ValueError(f"op must be an NTKOperator or a square matrix, got shape {tuple(dense.shape)}")
-    matrix = nu * dense.to(wide_dtype(dense.device))
+    matrix = positive("nu", nu) * dense.to(wide_dtype(dense.device))
     values, vectors = torch.linalg.eigh(matrix)
     dtype = dense.dtype if isinstance(op, Tensor) else op.dtype
     floor = RELATIVE_FLOOR.get(dtype, 1e-12) * float(values[-1].clamp_min(0.0))
@@ -124,6 +126,7 @@ class SpectralMeasure:
         return cumulative_bounds(b.factor_dual(), coupling, points, rounding=b.rounding)
 
 
+@checked
 def spectral_measure(op: NTKOperator, start: Tensor, num_matvecs: int, nu: float = 1.0) -> SpectralMeasure:
     """Spectral measure of `start` under M = nu J J^T by Golub-Kahan bidiagonalisation.
 
@@ -145,7 +148,7 @@ def spectral_measure(op: NTKOperator, start: Tensor, num_matvecs: int, nu: float
         raise ValueError(f"num_matvecs must be a positive integer, got {num_matvecs!r}")
     if start.dim() != 1 or start.numel() != op.shape[0]:
         raise ValueError(f"start must have shape ({op.shape[0]},), got {tuple(start.shape)}")
-    root = math.sqrt(nu)
+    root = math.sqrt(positive("nu", nu))
     return SpectralMeasure(
         op.run(lambda: golub_kahan(lambda w: root * op.jvp(w), lambda u: root * op.vjp(u), start, num_matvecs))
     )

@@ -74,8 +74,8 @@ NOT_OURS_TO_CATCH = {  # the entry of what the user calls, the net itself, and t
     "ShellMonitor.finish",
     "ShellMonitor._attempt",
     "_given_size",
-    "check_step",
-    "check_flow_time",
+    "_check_step",
+    "_is_finite",
 }
 CHECKS_OF_ARGUMENTS = "optimizer.py"
 

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "grsd_callbacks"
 
 LEVELS = {
-    0: {"distributed", "guard", "json_lines", "lean", "memory"},
+    0: {"arguments", "distributed", "guard", "json_lines", "lean", "memory"},
     1: {"functional", "krylov", "layers", "losses", "optimizer", "probe", "sharded"},
     2: {"kernel", "gram", "paths", "plan", "training_step"},
     3: {"method", "randomized", "spectrum", "team", "observation"},
@@ -26,6 +26,7 @@ LEVELS = {
 LEVEL = {module: level for level, modules in LEVELS.items() for module in modules}
 SAME_LEVEL = {  # functional enters the guard of level 0; these pairs stand on one level
     ("kernel", "gram"),
+    ("json_lines", "arguments"),
     ("kernel", "paths"),
     ("kernel", "plan"),
     ("plan", "paths"),

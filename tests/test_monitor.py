@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 
 from grsd_callbacks import MeasurementWarning, MemorySink, ShellMonitor, read_json_lines
@@ -229,7 +230,8 @@ def test_state_round_trip_continues_the_run():
     for step in range(5):
         one.step(step, optimizer=optimizer)
         descend(net, x, y, optimizer)
-    other = ShellMonitor(net, "mse", (x + 1, y), every_n_steps=2)
+    loader = DataLoader(TensorDataset(x + 1, y), len(x))  # one that gives other samples now: the saved ones count
+    other = ShellMonitor(net, "mse", loader, every_n_steps=2)
     other.load_state_dict(one.state_dict())
     assert torch.equal(other.probe.inputs, x)
     found = [m.step(6, optimizer=optimizer) for m in (one, other)]

@@ -68,7 +68,7 @@ def test_nothing_to_optimize_is_no_step_size():
 
 
 def test_refuses_what_is_no_optimizer():
-    with pytest.raises(TypeError, match="optimizer must be a torch optimizer with param_groups, got float"):
+    with pytest.raises(TypeError, match="optimizers must be a torch optimizer with param_groups.*got float"):
         step_size([0.1])
 
 

@@ -167,7 +167,7 @@ def test_too_few_shells_have_a_reason_and_top_shells_are_left_out():
 
 @pytest.mark.parametrize(
     "changes, message",
-    [({"min_modes": 0}, "min_modes must be"), ({"drop_top": -1}, "drop_top must be"), ({"num_null": 1.5}, "num_null")],
+    [({"min_modes": 0}, "min_modes must be"), ({"drop_top": -1}, "drop_top must be"), ({"num_null": -1}, "num_null")],
 )
 def test_wrong_numbers_raise(changes, message):
     chain = CovariantChain(num_modes=8)

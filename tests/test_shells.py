@@ -94,7 +94,7 @@ def test_names_are_zero_padded():
         (lambda: ShellGrid.logarithmic(0.0, 1.0), "0 < low < high"),
         (lambda: ShellGrid.logarithmic(1.0, math.inf), "0 < low < high"),
         (lambda: ShellGrid.logarithmic(0.1, 1.0, 0), "per_decade must be a positive integer, got 0"),
-        (lambda: ShellGrid.logarithmic(0.1, 1.0, 2.5), "per_decade must be a positive integer"),
+        (lambda: ShellGrid.logarithmic(0.1, 1.0, -2), "per_decade must be a positive integer"),
         (lambda: GRID.steps(torch.ones(2).double(), 0.0), "width must be positive \\(or None"),
         (lambda: GRID.windows(torch.ones(2).double(), -1.0), "width must be positive"),
         (

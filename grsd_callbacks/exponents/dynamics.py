@@ -73,6 +73,8 @@ def fit_loss(
     checks.count("num_per_decade", num_per_decade, at_least=1)
     flow_time = checks.vector("flow_time", flow_time)
     loss = checks.vector("loss", loss, length=len(flow_time))
+    if loss_error is not None:
+        loss_error = checks.vector("loss_error", loss_error, length=len(flow_time))
     if not np.isfinite(flow_time).all() or (flow_time < 0).any():
         raise ValueError("flow_time must be finite and not negative")
     window = checks.declared_window(window)

@@ -86,6 +86,8 @@ def fit_power_law(
     """
     checks.interval_options(confidence, num_bootstrap)
     checks.choice("bootstrap", bootstrap, BOOTSTRAPS)
+    checks.switch("compare", compare)
+    checks.count("seed", seed, at_least=0)
     min_points = checks.count("min_points", min_points, at_least=3)
     min_decades = checks.real("min_decades", min_decades, above=0.0, closed=True)
     window = checks.declared_window(window)

@@ -63,6 +63,7 @@ def fit_scaling_law(
         (0.5, 0.1, 'floor')
     """
     checks.real("confidence", confidence, above=0.0, below=1.0)
+    checks.switch("compare", compare)
     min_points = checks.count("min_points", min_points, at_least=4)
     min_decades = checks.real("min_decades", min_decades, above=0.0, closed=True)
     series = checks.log_series(x, y, None, y_error)

@@ -151,6 +151,7 @@ def fit_energy(
         >>> round(fit.exponent, 9), fit.num_points
         (0.5, 12)
     """
+    checks.switch("compare", compare)
     edges = checks.uniform_edges(edges)
     inner = checks.shell_values("energy", energy, edges)[1:-1].copy()
     error = None

@@ -70,6 +70,8 @@ def fit_tail(
     """
     checks.interval_options(confidence, num_bootstrap)
     checks.count("min_points", min_points, at_least=3)
+    checks.switch("compare", compare)
+    checks.count("seed", seed, at_least=0)
     checks.real("min_decades", min_decades, above=0.0, closed=True)
     values = checks.vector("eigenvalues", eigenvalues)
     low = None if x_min is None else checks.real("x_min", x_min, above=0.0)

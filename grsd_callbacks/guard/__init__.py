@@ -98,6 +98,8 @@ def undisturbed(model: nn.Module, *, mode: str = "eval", without: Collection[str
         >>> int(net[1].num_batches_tracked), bool((torch.get_rng_state() == state).all())
         (0, True)
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     require_known(without, {"numerics": None, **GUARDS, **NUMERICS})
     with ExitStack() as stack:
         if "numerics" not in without:

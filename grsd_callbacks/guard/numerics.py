@@ -129,5 +129,7 @@ def plain_numerics(device_type: str, *, without: Collection[str] = ()) -> Iterat
 
 def require_known(names: Collection[str], known: Collection[str]) -> None:
     """Raise a `ValueError` that lists the names which are not known."""
-    if unknown := sorted(set(names) - set(known)):
-        raise ValueError(f"unknown guard {unknown}; known are {sorted(known)}")
+    if not isinstance(names, (list, tuple, set, frozenset)):
+        raise TypeError(f"without must be a list of names of guards, got {names!r}")
+    if unknown := sorted({str(name) for name in names} - set(known)):
+        raise ValueError(f"without: unknown guard {unknown}; known are {sorted(known)}")

@@ -25,7 +25,7 @@ def preserve_modes(model: nn.Module, mode: str = "eval") -> Iterator[None]:
     Raises:
         ValueError: unknown mode.
     """
-    if mode not in MODES:
+    if not (isinstance(mode, str) and mode in MODES):
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
     flags = [(module, module.training) for module in model.modules()]
     try:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from grsd_callbacks.arguments import checked
 from grsd_callbacks.gram import exact_gram
 from grsd_callbacks.kernel import NTKOperator
 
@@ -37,6 +38,7 @@ class Block:
     in_sequence: bool = True
 
 
+@checked
 def find_blocks(model: nn.Module, names: Sequence[str] | None = None, parameters: Sequence[str] = ()) -> list[Block]:
     """The blocks of a net in order: children of its longest `nn.Sequential` or `nn.ModuleList`.
 
@@ -95,6 +97,7 @@ def _named(model: nn.Module, names: list[str], measured: list[str]) -> list[str]
     return names
 
 
+@checked
 def block_kernels(op: NTKOperator, blocks: Sequence[Block]) -> dict[str, Tensor]:
     """J_l J_l^T of every block, float64, shape (m, m); they sum to J J^T exactly.
 
@@ -142,6 +145,7 @@ class BlockIncoherence:
     p_value: float
 
 
+@checked
 def block_incoherence(
     kernels: Mapping[str, Tensor], *, num_outputs: int = 1, num_resamples: int = 0, seed: int = 0
 ) -> BlockIncoherence:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grsd_callbacks.arguments import checked
 from grsd_callbacks.functional import ParameterFilter
 from grsd_callbacks.kernel import NTKOperator, synchronise
 from grsd_callbacks.losses import Loss, check_pair, resolve_loss
@@ -125,6 +126,7 @@ class Conditions:
         return cls(**values)
 
 
+@checked
 def measure_conditions(
     model: nn.Module,
     probe: Any,

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grsd_callbacks.arguments import checked
 from grsd_callbacks.shells import ShellGrid
 from grsd_callbacks.transfer import shell_transfer
 
@@ -60,6 +61,7 @@ class LogShiftInvariance:
     reason: str = ""
 
 
+@checked
 def log_shift_invariance(
     eigenvalues: Tensor,
     velocity: Tensor,

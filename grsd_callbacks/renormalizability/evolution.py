@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grsd_callbacks.arguments import checked
 from grsd_callbacks.kernel import NTKOperator
 from grsd_callbacks.renormalizability.blocks import Block, block_kernels, find_blocks, half_samples
 from grsd_callbacks.transfer import kernel_velocity
@@ -45,6 +46,7 @@ class JacobianEvolution:
     null_error: float
 
 
+@checked
 def jacobian_evolution(
     op: NTKOperator,
     parameter_velocity: Tensor,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from grsd_callbacks.arguments import checked
 from grsd_callbacks.renormalizability.conditions import Conditions
 from grsd_callbacks.renormalizability.regime import Regime, lazy_or_rich
 from grsd_callbacks.renormalizability.rescaling import TimeRescaling, time_rescaling_covariance
@@ -47,6 +48,7 @@ class RunVerdict:
         return verdict_table(self.verdicts, f"regime: {self.regime.label}  [{shown}]")
 
 
+@checked
 def judge(
     history: Sequence[Conditions],
     *,

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from grsd_callbacks.arguments import checked
 from grsd_callbacks.kernel import NTKOperator
 from grsd_callbacks.losses import Loss
 from grsd_callbacks.renormalizability.blocks import Block, find_blocks
@@ -56,6 +57,7 @@ class GradientPropagation:
         return self.sample_norms.square().sum(0).sqrt()
 
 
+@checked
 def gradient_propagation(
     op: NTKOperator,
     targets: Any,

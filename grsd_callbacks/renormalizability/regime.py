@@ -12,6 +12,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from grsd_callbacks.arguments import checked
+
 SMALL, LARGE = 0.1, 0.5
 #: name of a sign: (lazy below, rich above)
 THRESHOLDS = {
@@ -39,6 +41,7 @@ class Regime:
     votes: dict[str, str]
 
 
+@checked
 def lazy_or_rich(signs: Mapping[str, float]) -> Regime:
     """Vote on the regime of a run from its largest signs.
 

@@ -9,6 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from grsd_callbacks.arguments import checked
+
 OWN = "operational definitions and thresholds are this package's own, not those of arXiv:2512.18209"
 HOLDS, FAILS, UNDECIDED = "holds", "fails", "undecided"
 #: quantile of the normal law for 95 % intervals from standard errors
@@ -105,6 +107,7 @@ def covariant(value: float, lower: float, upper: float, null: str, p_value: floa
     return Verdict(name, value, lower, upper, null, p_value, verdict, note)
 
 
+@checked
 def verdict_table(verdicts: Sequence[Verdict], regime: str = "") -> str:
     """The verdicts as plain text, with definitions and limits beside them."""
     rows = [("condition", "value", "95 % interval", "limit", "null", "p", "verdict")]
