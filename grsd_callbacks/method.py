@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -29,12 +29,16 @@ class MethodChoice:
         method: "exact" or "krylov".
         reason: one clause for the report.
         exact_seconds, krylov_seconds: expected cost of one measurement; NaN where not estimated.
+        peak_bytes: memory that the exact kernel would take.
+        paths: the form each parameter would take in it.
     """
 
     method: str
     reason: str
     exact_seconds: float = float("nan")
     krylov_seconds: float = float("nan")
+    peak_bytes: int = 0
+    paths: dict[str, str] = field(default_factory=dict)
 
 
 def method_by_size(op: NTKOperator) -> str:
@@ -68,7 +72,7 @@ def choose_by_cost(op: NTKOperator, num_products: int, memory_limit: int | None 
     krylov = 2.2 * backward * num_products
     method = "exact" if exact <= PREFERENCE * krylov else "krylov"
     reason = f"about {exact:.2g} s exact, {krylov:.2g} s by {num_products} products"
-    return MethodChoice(method, reason, exact, krylov)
+    return MethodChoice(method, reason, exact, krylov, estimate.peak_bytes, estimate.paths)
 
 
 def _single_backward_seconds(op: NTKOperator) -> float:
