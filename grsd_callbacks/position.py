@@ -8,7 +8,7 @@ and as a rank. It is exact with every method; what it is compared with is estima
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from torch import Tensor
@@ -63,7 +63,7 @@ def spectral_reach(position: Mapping[str, float], before: Mapping[str, float]) -
         `reach_relative`, `reach_rank`; NaN until there is a position.
     """
 
-    def so_far(best, name: str, reached: str) -> float:
+    def so_far(best: Callable[[list[float]], float], name: str, reached: str) -> float:
         known = [x for x in (position.get(name), before.get(reached)) if x is not None and math.isfinite(x)]
         return best(known) if known else math.nan
 

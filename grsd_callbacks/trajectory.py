@@ -118,7 +118,9 @@ def frozen_start(
     return Frozen(edges, energy.numpy(), labels, source, capacity, values if exact else values[:0], smallest, tail)
 
 
-def source_fit(budget: ShellBudget, smallest: float = math.nan, t: float = 0.0, *, compare: bool = False):
+def source_fit(
+    budget: ShellBudget, smallest: float = math.nan, t: float = 0.0, *, compare: bool = False
+) -> PowerLawFit:
     """q on the resolved shells that the spectrum fills and that training has not touched yet.
 
     Untouched: lambda t < `UNTOUCHED` at the upper edge (all of them at t = 0); there `E_a ~ lambda^q` is the source,
