@@ -426,27 +426,27 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         return monitor
 
     def _make_monitor(self, trainer: Any, pl_module: nn.Module, batch: Any) -> ShellMonitor:
-        twin = None
+        twin, model = None, pl_module
         if is_sharded(pl_module):
             twin = self._group.together(lambda: Twin(pl_module))
-            pl_module = self._group.together(twin.refresh)
-        self._group.together(lambda: self._check_forward(pl_module, batch))
+            model = self._group.together(twin.refresh)
+        self._group.together(lambda: self._check_forward(model, batch))
         self._between = BetweenSteps(pl_module)
         if self._resume is not None and not self._other_probe:
             probe = self._group.together(lambda: self._resumed_probe(batch))
         elif isinstance(self._probe, str):
-            probe = self._auto_probe(trainer, pl_module, batch)
+            probe = self._auto_probe(trainer, model, batch)
         else:
             probe = self._probe
-        probe = probe.to(_device(pl_module))
+        probe = probe.to(_device(model))
         loss, settings = self._resolved, self._settings
         if loss is None:
-            observed = self._group.together(lambda: self._observed(pl_module, probe, batch))
+            observed = self._group.together(lambda: self._observed(model, probe, batch))
             loss, settings = observed.loss, {**settings, "outputs": observed.outputs}
             if self._group.leads and (warning := warning_of_gap(observed)):
                 warn(warning)
         monitor = ShellMonitor(
-            twin or pl_module,
+            twin or model,
             loss,
             probe,
             num_probe=self._num_probe,
