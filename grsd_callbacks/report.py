@@ -24,6 +24,7 @@ EXPONENT_NAMES = {
     "rho_contour": "frontier  progress 1/2 ~ t^-rho, frozen",
     "rho_local": "frontier  progress 1/2, last decade",
     "densing": "modes     k* above the frontier ~ t^densing",
+    "pi_c": "pruning   L ~ lambda_c^pi_c, cut below lambda_c",
     "b": "velocity  v ~ lambda^b t^p",
     "p": "velocity  v ~ lambda^b t^p",
 }
@@ -33,6 +34,7 @@ CLOSURE_NAMES = {
     "chi_minus_rho_q": "chi - rho q",
     "count_slope": "n - 1/a",
     "densing": "densing - rho/a",
+    "compression": "chi/pi_c - rho",
     "covariance": "p - (b - 2)",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from grsd_callbacks.comparison import estimated_comparison, frozen_kernel_share, kernel_comparison
 from grsd_callbacks.drift import spectral_velocity
-from grsd_callbacks.exponents import PowerLawFit
+from grsd_callbacks.exponents import Compression, PowerLawFit, compression_exponents
 from grsd_callbacks.flux import KernelState, ShellFlux, four_corner_flux, no_flux
 from grsd_callbacks.kernel import NTKOperator
 from grsd_callbacks.measure import Instant
@@ -290,14 +291,36 @@ class Run:
         )
 
     def final_exponents(self) -> dict[str, PowerLawFit]:
-        """Exponents over the whole run with verdicts: q of the first measurement, a and n of the last."""
+        """Exponents over the whole run with verdicts: q of the first measurement, a, n and pi_c of the last."""
         if not self.history or self.trajectory.frozen is None:
             return {}
         last = self.history[-1]
         fits = {"q": self.trajectory.frozen.source, **self.trajectory.fits()}
         if last.weights is None:
             fits.update(spectrum_fits(last.eigenvalues, last.edges, last.counts, last.resolved, compare=True))
-        return fits
+        learned = self.compression(fits)
+        return fits if learned is None else {**fits, "pi_c": learned.pi_c}
+
+    def compression(self, fits: Mapping[str, PowerLawFit] | None = None) -> Compression | None:
+        """What truncating the learned function costs now, in the basis of the first measurement.
+
+        Args:
+            fits: `chi_tail` (or `chi`) and `rho_contour` for the invariant; None fits them.
+
+        Returns:
+            See `compression_exponents`; None where the first measurement was not exact or no later one is at hand.
+        """
+        frozen, start = self.frozen, self.trajectory.frozen
+        if frozen is None or start is None or self._previous is None or not frozen.is_complete:
+            return None
+        fits = self.trajectory.fits() if fits is None else fits
+        chi, rho = (fits.get(name, math.nan) for name in ("chi_tail", "rho_contour"))
+        g = [frozen.vectors.T @ r.to(frozen.vectors) for r in (frozen.residual, self._previous[1].residual)]
+        tail = start.tail.value if start.tail.value > 0 else 0.0
+        contours = [x for x in self.trajectory.contour if math.isfinite(x)]
+        frontier = contours[-1] if contours else math.nan  # once all is learned, the last one seen
+        lam, before, now = (x.to("cpu", torch.float64).numpy() for x in (frozen.eigenvalues, *g))
+        return compression_exponents(lam, before, now, frontier, tail=tail, chi=chi, rho=rho)
 
     # -- checkpoints -------------------------------------------------------------------------------------
 

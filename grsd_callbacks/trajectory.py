@@ -347,7 +347,8 @@ def exponent_closures(fits: Mapping[str, PowerLawFit]) -> dict[str, Closure]:
     """What should be zero between exponents, with 95 % intervals.
 
     `chi_minus_rho_q` (chi with the tail and rho of the progress contour where they are known), `count_slope` n - 1/a,
-    `densing` of k* less rho/a at the start, `covariance` p - (b - 2).
+    `compression` chi/pi_c - rho (only at the end of a run), `densing` of k* less rho/a at the start,
+    `covariance` p - (b - 2).
 
     Args:
         fits: exponents of a run, q of its first measurement and `a_start` the a of it.
@@ -359,11 +360,13 @@ def exponent_closures(fits: Mapping[str, PowerLawFit]) -> dict[str, Closure]:
 
     chi, rho = known("chi_tail", "chi"), known("rho_contour", "rho")
     residual = fits["p"].evidence if "p" in fits else {}
+    ratio = combine(lambda x, pi: x / pi if pi > 0 else math.nan, chi, known("pi_c"))
     nan = math.nan
     return {
         "chi_minus_rho_q": closure(chi, rho, known("q")),
         "count_slope": closure(known("count"), combine(_inverse, known("a"))),
         "densing": closure(known("densing"), rho, combine(_inverse, known("a_start"))),
+        "compression": closure(ratio, rho),
         "covariance": Closure(*(residual.get(f"residual{end}", nan) for end in ("", "_lower", "_upper"))),
     }
 

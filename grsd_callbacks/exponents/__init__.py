@@ -16,9 +16,11 @@ reason.
 | how fast does it move? | `elasticity` | rho of `lambda* ~ t^-rho`, positive |
 | how do modes drift? | `velocity_exponents` | b, p of `v = c lambda^b t^p` |
 | is there a floor? | `fit_scaling_law` | alpha of `A x^-alpha + floor`, positive |
+| what does forgetting weak modes cost? | `compression_exponents` | pi_c of `L_prune ~ lambda_c^pi_c`, positive |
 | do they fit together? | `closure`, `combine` | (a difference) |
 """
 
+from .compression import Compression, compression_exponents
 from .dynamics import elasticity, fit_loss, local_slope
 from .finite_size import energy_tail, finite_size_bias, unbiased_scale
 from .frozen import frontier, progress_contour, resolved_modes, shell_labels
@@ -31,11 +33,13 @@ from .velocity import velocity_exponents
 
 __all__ = [
     "Closure",
+    "Compression",
     "Estimate",
     "PowerLawFit",
     "VelocityExponents",
     "closure",
     "combine",
+    "compression_exponents",
     "elasticity",
     "energy_tail",
     "finite_size_bias",
