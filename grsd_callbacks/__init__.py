@@ -9,9 +9,11 @@ from grsd_callbacks.density import SpectralDensity, spectral_density
 from grsd_callbacks.emission import Emission, Histogram
 from grsd_callbacks.exponents import (
     Closure,
+    Collapse,
     Compression,
     Estimate,
     PowerLawFit,
+    ResourceLaws,
     VelocityExponents,
     closure,
     combine,
@@ -30,6 +32,8 @@ from grsd_callbacks.exponents import (
     local_slope,
     progress_contour,
     resolved_modes,
+    resource_laws,
+    self_similar_collapse,
     shell_labels,
     unbiased_scale,
     velocity_exponents,
@@ -43,6 +47,7 @@ from grsd_callbacks.monitor import ShellMonitor
 from grsd_callbacks.optimizer import StepSize, step_size
 from grsd_callbacks.outlet import MeasurementWarning
 from grsd_callbacks.probe import Probe
+from grsd_callbacks.quantisation import Quantisation, quantisation_exponents
 from grsd_callbacks.renormalizability import (
     BlockIncoherence,
     Conditions,
@@ -66,7 +71,6 @@ from grsd_callbacks.renormalizability import (
     time_rescaling_covariance,
     verdict_table,
 )
-from grsd_callbacks.quantisation import Quantisation, quantisation_exponents
 from grsd_callbacks.shells import ShellBudget, ShellGrid, shell_budget
 from grsd_callbacks.sinks import JSONLinesSink, LoggerSink, MemorySink, Sink, TensorBoardSink, read_json_lines
 from grsd_callbacks.snapshot import Snapshot
@@ -82,6 +86,7 @@ __all__ = [
     "TAGS",
     "BlockIncoherence",
     "Closure",
+    "Collapse",
     "Compression",
     "ConditionSettings",
     "Conditions",
@@ -104,6 +109,7 @@ __all__ = [
     "Probe",
     "Quantisation",
     "Regime",
+    "ResourceLaws",
     "RunVerdict",
     "Settings",
     "ShellBudget",
@@ -153,6 +159,8 @@ __all__ = [
     "read_json_lines",
     "resolve_loss",
     "resolved_modes",
+    "resource_laws",
+    "self_similar_collapse",
     "shell_budget",
     "shell_labels",
     "spectral_density",

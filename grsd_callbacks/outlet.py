@@ -102,7 +102,7 @@ class Outlet:
 
         def write() -> None:
             table = tags.preformatted(summary_table(history, fits))
-            scalars, records = tags.final_scalars(fits), {name: asdict(fit) for name, fit in fits.items()}
+            scalars, records = tags.final_scalars(history, fits), {name: asdict(fit) for name, fit in fits.items()}
             self._write(Emission(history[-1].step, scalars, texts={tags.SUMMARY: table}, fits=records))
             self.sinks.flush()
 

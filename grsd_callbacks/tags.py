@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from grsd_callbacks.collapse import run_collapse
 from grsd_callbacks.emission import Emission, Histogram
 from grsd_callbacks.exponents import PowerLawFit
 from grsd_callbacks.figures import FIGURES
 from grsd_callbacks.snapshot import Snapshot
-from grsd_callbacks.trajectory import exponent_closures, flat
+from grsd_callbacks.trajectory import exponent_closures
 
 
 @dataclass(frozen=True)
@@ -268,8 +269,11 @@ TEMPLATES = {
     FAILED: ("count", "measurements that could not be made, or not be written in full, so far"),
     f"{FINAL}/<exponent>": (
         "1",
-        "at the end, over the whole run: each exponent above, a_start (a of the first measurement) and "
-        "closure_<closure>, with `_lower` and `_upper`, the ends of the 95 % interval",
+        "at the end, over the whole run: each exponent above; a_start, a of the first measurement; pi_c, loss after "
+        "forgetting modes below lambda_c ~ lambda_c^pi_c; closure_<closure> (compression: chi / pi_c - rho); "
+        "collapse and collapse_frozen, score of E t^chi over lambda t and lambda_0 t^rho (1: one curve; not above its "
+        "_null: accident); "
+        "with `_lower` and `_upper`, the ends of the 95 % interval",
     ),
 }
 
@@ -297,16 +301,20 @@ def update_scalars(snapshot: Snapshot) -> dict[str, float]:
     return {tag: value for tag, value in values.items() if math.isfinite(value)}
 
 
-def final_scalars(fits: Mapping[str, PowerLawFit]) -> dict[str, float]:
-    """Exponents of the whole run and the closures between them, each with both ends of its interval."""
-    values = {
+def final_scalars(history: Sequence[Snapshot], fits: Mapping[str, PowerLawFit]) -> dict[str, float]:
+    """Exponents of the whole run, the closures between them and the collapse, with both ends of each interval."""
+    parts = {name: (fit.exponent, fit.lower, fit.upper) for name, fit in fits.items()}
+    parts |= {f"closure_{name}": (c.value, c.lower, c.upper) for name, c in exponent_closures(fits).items()}
+    for name, frozen in (("collapse", False), ("collapse_frozen", True)):
+        found = run_collapse(history, fits, frozen=frozen)
+        parts[name] = (found.score.value, found.score.lower, found.score.upper)
+        parts[f"{name}_null"] = (found.null, math.nan, math.nan)
+    return {
         f"{FINAL}/{name}{end}": value
-        for name, fit in fits.items()
-        for end, value in (("", fit.exponent), ("_lower", fit.lower), ("_upper", fit.upper))
+        for name, values in parts.items()
+        for end, value in zip(("", "_lower", "_upper"), values)
+        if math.isfinite(value) and (math.isfinite(values[1]) or name.endswith("_null"))
     }
-    for name, value in flat(exponent_closures(fits)).items():
-        values[f"{FINAL}/closure_{name}"] = value
-    return {tag: value for tag, value in values.items() if math.isfinite(value)}
 
 
 def histograms(snapshot: Snapshot) -> dict[str, Histogram]:

@@ -100,6 +100,27 @@ def test_demo(tmp_path, capsys):
     assert max(abs(s.closures["energy"]) for s in squared) < 1e-6
 
 
+def test_compression(capsys):
+    found = load("examples", "compression").main(["--samples", "12", "--width", "32", "--steps", "60"])
+    printed = capsys.readouterr().out
+    for promised in ("pi_c of L_prune", "chi / pi_c", "bits   loss", "energy a mode over lambda"):
+        assert promised in printed
+    assert abs(found["rounding"].step.exponent - 2) < 0.3
+    losses = found["pruning"].loss
+    assert len(losses) == 119 and losses[-1] > losses[0]  # forgetting all but one mode costs most
+
+
+def test_scaling_law(capsys):
+    arguments = ["--modes", "80", "--sizes", "3", "4", "6", "9", "14", "20", "--steps", "400"]
+    found = load("examples", "scaling_law").main(arguments)
+    printed = capsys.readouterr().out
+    assert "foretold by one" in printed and "compute-optimal size" in printed
+    for name in ("size", "time", "compute"):
+        foretold, exact = getattr(found["laws"], name), getattr(found["exact"], name)
+        assert abs(foretold.value - exact.value) < 0.1 * exact.value
+    assert abs(found["fits"]["compute"].exponent - found["exact"].compute.value) < 0.1
+
+
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning")
 def test_overhead_benchmark_runs(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))

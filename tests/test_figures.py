@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from known_runs import train
 
 from grsd_callbacks import figures
+from grsd_callbacks import testing as known
 from grsd_callbacks.exponents import fit_loss, fit_spectrum, frontier
 from grsd_callbacks.figures.history import is_log_spaced
 from grsd_callbacks.shells import ShellGrid
@@ -415,9 +417,19 @@ def test_the_latest_transfer_is_among_them_where_it_was_measured():
     history = run([0, 1, 2])
     history[:2] = [replace(s, transfer=k * CHAIN.transfer(1.0, GRID.edges)) for k, s in enumerate(history[:2], 1)]
     drawn = figures.run_figures(history)
-    assert set(drawn) == set(figures.FIGURES)
+    assert set(drawn) == set(figures.FIGURES) - {"grsd_figures/collapse"}
     figure = draw(drawn["grsd_figures/transfer"]())
     np.testing.assert_array_equal(values_of(figure, (16, 16)), history[1].transfer.numpy())
+
+
+def test_the_collapse_is_drawn_with_its_score_where_the_loss_has_an_exponent():
+    monitor = train(known.PowerLawKernel(60, 2.0, 2.2), 0.2, 300, per_decade=10)
+    fits = monitor.final_exponents()
+    figure = draw(figures.run_figures(monitor.history, fits)["grsd_figures/collapse"]())
+    texts = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert sum("score" in text and "times permuted" in text for text in texts) == 2
+    alone = draw(figures.collapse_figure(monitor.history[:3], fits))
+    assert any("no collapse" in text.get_text() for axes in alone.axes for text in axes.texts)
 
 
 def test_nothing_is_drawn_of_nothing():
@@ -476,6 +488,7 @@ def test_without_matplotlib_there_are_no_figures_and_one_warning():
 import pickle
 sys.modules["matplotlib"] = None
 from grsd_callbacks import figures
+from grsd_callbacks import testing as known
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     found = [figures.run_figures([object()]) for _ in range(3)]

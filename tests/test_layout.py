@@ -35,6 +35,8 @@ SAME_LEVEL = {  # functional enters the guard of level 0; these pairs stand on o
     ("tags", "figures"),
     ("run", "measure"),
     ("run", "snapshot"),
+    ("collapse", "snapshot"),
+    ("collapse", "snapshot"),
     ("quantisation", "measure"),
     ("run", "trajectory"),
     ("monitor", "schedule"),

@@ -17,15 +17,19 @@ reason.
 | how do modes drift? | `velocity_exponents` | b, p of `v = c lambda^b t^p` |
 | is there a floor? | `fit_scaling_law` | alpha of `A x^-alpha + floor`, positive |
 | what does forgetting weak modes cost? | `compression_exponents` | pi_c of `L_prune ~ lambda_c^pi_c`, positive |
+| what would larger runs do? | `resource_laws` | of the loss over parameters, time, compute, positive |
+| are all times one curve? | `self_similar_collapse` | (a score) |
 | do they fit together? | `closure`, `combine` | (a difference) |
 """
 
+from .collapse import Collapse, self_similar_collapse
 from .compression import Compression, compression_exponents
 from .dynamics import elasticity, fit_loss, local_slope
 from .finite_size import energy_tail, finite_size_bias, unbiased_scale
 from .frozen import frontier, progress_contour, resolved_modes, shell_labels
 from .powerlaw import fit_power_law
 from .records import Closure, Estimate, PowerLawFit, VelocityExponents
+from .resources import ResourceLaws, resource_laws
 from .scaling import closure, combine, fit_scaling_law
 from .spectrum import fit_counts, fit_energy, fit_spectrum
 from .tail import fit_tail
@@ -33,9 +37,11 @@ from .velocity import velocity_exponents
 
 __all__ = [
     "Closure",
+    "Collapse",
     "Compression",
     "Estimate",
     "PowerLawFit",
+    "ResourceLaws",
     "VelocityExponents",
     "closure",
     "combine",
@@ -54,6 +60,8 @@ __all__ = [
     "local_slope",
     "progress_contour",
     "resolved_modes",
+    "resource_laws",
+    "self_similar_collapse",
     "shell_labels",
     "unbiased_scale",
     "velocity_exponents",

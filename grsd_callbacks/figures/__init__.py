@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from grsd_callbacks.exponents import PowerLawFit
-from grsd_callbacks.figures import curves, maps, verdict
+from grsd_callbacks.figures import collapse, curves, maps, verdict
 from grsd_callbacks.figures.drawing import DPI, new_figure
 from grsd_callbacks.figures.history import Run, run_of
 from grsd_callbacks.shells import ShellGrid
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FIGURES",
     "FigureWarning",
+    "collapse_figure",
     "dissipation_map",
     "effective_lr_map",
     "energy_map",
@@ -54,6 +55,10 @@ FIGURES: dict[str, tuple[str, str]] = {
     "grsd_figures/effective_lr": ("1", "W_a / (lr D_a) of each shell: 1 is full-batch gradient descent on the probe"),
     "grsd_figures/loss": ("loss", "L and |grad L|^2 on the probe against flow time, with chi"),
     "grsd_figures/verdict": ("1", "exponents with verdicts, identities and flags, each marked ok or worth a look"),
+    "grsd_figures/collapse": (
+        "1",
+        "E_a t^chi over lambda t (shells of each time) and over lambda_0 t^rho (of the first kernel): is it one curve?",
+    ),
     "grsd_figures/transfer": ("loss / flow time", "transfer T_ab between shells, latest: row a gains from column b"),
 }
 
@@ -148,6 +153,19 @@ def verdict_figure(history: Sequence[Snapshot], fits: Mapping[str, PowerLawFit] 
     return _single(partial(verdict.verdict, fits=fits), run_of(history))
 
 
+def collapse_figure(history: Sequence[Snapshot], fits: Mapping[str, PowerLawFit]) -> Figure:
+    """Self-similar collapse: `E_a(t) t^chi` against `lambda t` and, in the frozen basis, `lambda_0 t^rho`.
+
+    With the score of `self_similar_collapse`, its interval and its null; where a score cannot be had, the reason.
+    Errors and cost as for `energy_map`.
+
+    Args:
+        history: measurements of one run, in order, at least one.
+        fits: its final exponents (`ShellMonitor.final_exponents`).
+    """
+    return collapse.draw(run_of(history).history, fits)
+
+
 def transfer_figure(matrix: Tensor | np.ndarray, grid: ShellGrid) -> Figure:
     """Shell-to-shell transfer T_ab: energy that shell a (row) gains from shell b (column) per flow time.
 
@@ -186,11 +204,11 @@ def run_figures(
 
     Args:
         history: measurements so far; copied, so that later ones do not change these figures.
-        fits: "a" and "chi" to draw instead of the last measurement's own.
+        fits: of the whole run, to draw instead of the last measurement's own; they also bring the collapse.
 
     Returns:
-        One function a tag of `FIGURES` (transfer only where it was measured); nothing for an empty history, and
-        nothing, with one `FigureWarning` in a process, where matplotlib is missing.
+        One function a tag of `FIGURES` (transfer only where it was measured, the collapse only with chi); nothing for
+        an empty history, and nothing, with one `FigureWarning` in a process, where matplotlib is missing.
     """
     if not history or not _can_draw():
         return {}
@@ -204,6 +222,9 @@ def run_figures(
         "grsd_figures/loss": partial(loss_figure, past, fits.get("chi")),
         "grsd_figures/verdict": partial(verdict_figure, past, fits or None),
     }
+    chi = fits.get("chi_tail", fits.get("chi"))
+    if chi is not None and not chi.refused:
+        figures["grsd_figures/collapse"] = partial(collapse_figure, past, fits)
     for snapshot in past:
         if snapshot.transfer is not None:  # the last one stays
             figures["grsd_figures/transfer"] = partial(transfer_figure, snapshot.transfer, snapshot.grid)
