@@ -488,7 +488,6 @@ def test_without_matplotlib_there_are_no_figures_and_one_warning():
 import pickle
 sys.modules["matplotlib"] = None
 from grsd_callbacks import figures
-from grsd_callbacks import testing as known
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     found = [figures.run_figures([object()]) for _ in range(3)]
