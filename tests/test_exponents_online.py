@@ -189,7 +189,7 @@ def test_intervals_cover_small_run(case):
 def test_intervals_cover_95_percent(case):
     share = covered(CASES[case], 800, 32)
     print(f"coverage of nominal 95 %, {case}: {share:.3f}")
-    assert 0.92 <= share <= 0.985
+    assert 0.92 <= share <= 0.98
 
 
 # --- bad input

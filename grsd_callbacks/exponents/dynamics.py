@@ -56,7 +56,7 @@ def fit_loss(
         ValueError: arrays that do not match, negative flow time, options outside their range.
         TypeError: arguments of the wrong kind.
 
-    Cost: one `fit_power_law`; with an uncertain tail two more fits without intervals.
+    Cost: one `fit_power_law`; with an uncertain tail three, one of them with shapes.
 
     Accuracy: exact for an exact power law. Finite spectra steepen: the relative bias of chi at time t is about
         `(2 lambda_min t)^q / Gamma(1 + q)` (`finite_size_bias`); keep the window where it is small, or add the tail.
@@ -100,17 +100,22 @@ def fit_loss(
     fit = fitted(tail.value)
     if fit.refused or not tail.upper > 0:
         return fit
-    shifts = [fitted(end, window=fit.window, compare=False).exponent for end in (tail.lower, tail.upper)]
-    return _widened(fit, [shift - fit.exponent for shift in shifts], {"tail": tail.value})
+    ends = [fitted(end, window=fit.window, compare=False) for end in (tail.lower, tail.upper)]
+    return _widened(fit, ends, {"tail": tail.value})
 
 
-def _widened(fit: PowerLawFit, shifts, evidence: dict[str, float]) -> PowerLawFit:
-    """The fit with its interval's ends moved out, in quadrature, by other values that the exponent may have."""
-    down, up = (max(0.0, *(sign * shift for shift in shifts)) for sign in (-1.0, 1.0))
+def _widened(fit: PowerLawFit, ends: list[PowerLawFit], evidence: dict[str, float]) -> PowerLawFit:
+    """The fit with an interval that also reaches, in quadrature, for what the tail's ends make of the exponent.
+
+    A tail that is off bends the series, which widens the fit's own interval once more: of the three the narrowest is
+    what scatter alone makes it.
+    """
+    half = min(0.5 * (one.upper - one.lower) for one in (fit, *ends))
+    down, up = (max(0.0, *(sign * (one.exponent - fit.exponent) for one in ends)) for sign in (-1.0, 1.0))
     return replace(
         fit,
-        lower=fit.exponent - math.hypot(fit.exponent - fit.lower, down),
-        upper=fit.exponent + math.hypot(fit.upper - fit.exponent, up),
+        lower=fit.exponent - math.hypot(half, down),
+        upper=fit.exponent + math.hypot(half, up),
         evidence=fit.evidence | evidence,
     )
 
