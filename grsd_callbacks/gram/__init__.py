@@ -53,7 +53,13 @@ class Gram:
 
 @dataclass(frozen=True)
 class GramEstimate:
-    """What `exact_gram` would cost: multiplications (contractions, passes over f not counted) and peak bytes."""
+    """What `exact_gram` would cost, passes over f not counted.
+
+    Attributes:
+        operations: multiplications, those of small or float32 products counted by their measured rates.
+        peak_bytes: at the peak, beside model and inputs: matrix, graph, and what a sweep keeps, gathers and copies.
+        paths: for every parameter name, the form its contribution takes.
+    """
 
     operations: float
     peak_bytes: int
@@ -83,9 +89,10 @@ def exact_gram(
         RuntimeWarning: the structured kernel failed its check (samples that interact, say) and was recomputed
             from explicit rows.
 
-    Cost: three passes over the batch, C backward passes; then per layer the least of m^2 p q (rows),
-        m^2 q + n^2 p (one position) and n^2 T^2 p + n m T^2 q + m^2 T q (T positions), halved by symmetry.
-        Parameters without a rule add backward passes on single samples, m of them, and m^2 times their number.
+    Cost: three passes over the batch, C backward passes; then per layer, by measured rates, the least of
+        m^2 p q + m T p q (rows), m^2 q + n^2 p (one position) and n^2 T^2 p + n m T^2 q + m^2 T q (T positions),
+        squares halved by symmetry. Parameters without a rule add C backward passes under `torch.func.vmap` (where
+        it refuses, or they are large, m on single samples), and m^2 times their number.
 
     Accuracy: gradients in the model's dtype, all sums over parameters in float64: eigenvalues right to the
         dtype's rounding of J, so small ones to about eps (lambda_max / lambda)^(1/2) of themselves.
