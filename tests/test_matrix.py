@@ -266,7 +266,11 @@ def check(names, tmp_path):
     family, feature = FAMILIES[names[0]], FEATURES[names[2]]
     weights = Weights()
     callback = ShellDynamicsCallback(
-        loss=family.loss(), probe=tuple(t[:NUM_PROBE] for t in family.data()), every_n_steps=2, figures=False
+        loss=family.loss(),
+        probe=tuple(t[:NUM_PROBE] for t in family.data()),
+        every_n_steps=2,
+        method="exact",
+        figures=False,
     )
     found, module = run(family, names[1], feature, tmp_path / "a", [callback, weights])
     assert cases.differences(found, run(family, names[1], feature, tmp_path / "b")[0]) == []
