@@ -51,7 +51,8 @@ class RunLog:
 
     def fits(self) -> dict[str, PowerLawFit]:
         """Exponents over the whole run, as the callback's own summary has them; of a stopped run, its latest."""
-        return self.final or dict(self.history[-1].exponents)
+        first, last = self.history[0].exponents, self.history[-1].exponents
+        return self.final or {**last, **{name: first[name] for name in ("q",) if name in first}}
 
     def estimates(self) -> dict[str, Estimate | PowerLawFit]:
         """Exponents with intervals: those of `fits`, or of curves the last drawn values (of q the first)."""
