@@ -20,6 +20,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.call import _call_callback_hooks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -179,6 +180,53 @@ def flux_share(repeats: int = 15) -> float:
     return medians[0] / medians[1]
 
 
+class HookTimer(L.Callback):
+    """At the end of training, CPU seconds that Lightning spends on one step's hooks of an idle callback and of ours."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        kept, (optimizer,) = trainer.callbacks, trainer.optimizers
+        hooks: dict[str, tuple[Any, ...]] = {
+            "on_train_batch_start": (None, 0),
+            "on_before_zero_grad": (optimizer,),
+            "on_before_backward": (None,),
+            "on_after_backward": (),
+            "on_before_optimizer_step": (optimizer,),
+            "on_train_batch_end": (None, None, 0),
+        }
+        ours = [callback for callback in kept if isinstance(callback, grsd.ShellDynamicsCallback)]
+        none, idle, mine = (self._seconds(trainer, callbacks, hooks) for callbacks in ([], [Idle()], ours))
+        trainer.callbacks = kept
+        self.idle, self.ours = idle - none, mine - none
+
+    def _seconds(self, trainer: L.Trainer, callbacks: list[L.Callback], hooks: dict[str, tuple[Any, ...]]) -> float:
+        trainer.callbacks, times = callbacks, []
+        for _ in range(7):
+            start = time.process_time()
+            for _ in range(1000):
+                for name, arguments in hooks.items():
+                    _call_callback_hooks(trainer, name, *arguments)
+            times.append((time.process_time() - start) / 1000)
+        return min(times)
+
+
+def hook_seconds(logdir: Path) -> dict[str, float]:
+    """CPU seconds a step of an idle callback and of ours between measurements, the least of seven tries."""
+    module, data = task("mlp", "small")
+    timer = HookTimer()
+    trainer = L.Trainer(
+        max_steps=30,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[timer, grsd.ShellDynamicsCallback(figures=False)],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        default_root_dir=logdir,
+    )
+    trainer.fit(module, DataLoader(data, batch_size=BATCH["mlp"], shuffle=True))
+    return {"idle": timer.idle, "ours": timer.ours}
+
+
 def main(argv: Sequence[str] | None = None) -> dict:
     parser = common.parser(__doc__.splitlines()[0], "overhead")
     parser.add_argument("--steps", type=int, default=None, help="of every run")
@@ -194,9 +242,11 @@ def main(argv: Sequence[str] | None = None) -> dict:
         results.append(measure(name, args))
         columns = ("case", "step", "on, CPU", "control, CPU", "on, wall", "reported", "measurements", "schedule")
         print(common.table(columns, [row(results[-1])]), flush=True)
+    hooks = hook_seconds(args.logdir)
+    print(f"hooks of a step without a measurement: {1e6 * hooks['ours']:.0f} us, idle {1e6 * hooks['idle']:.0f} us")
     share = flux_share()
     print(f"four-corner flux: {100 * share:.1f} % of an exact measurement")
-    return common.save(args, results, flux_share_of_measurement=share)
+    return common.save(args, results, hook_seconds=hooks, flux_share_of_measurement=share)
 
 
 if __name__ == "__main__":

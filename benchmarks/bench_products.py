@@ -1,8 +1,9 @@
 """One kernel product J (J^T v), in gradients of the same probe batch.
 
 Each way runs in a process of its own and times a gradient and a product in turn; ratios are taken within a run, and
-medians over rounds. Set-up is what the first product costs beyond a later one: copies of the parameters, graphs and,
-on the path "auto", the trial of paths. Products are compared with those of double backward, so a wrong path shows.
+medians over rounds, of wall-clock seconds and of CPU seconds (which a shared machine disturbs less). Set-up is what the
+first product costs beyond a later one: copies of the parameters, graphs and, on the path "auto", the trial of paths.
+Products are compared with those of double backward, so a wrong path shows.
 """
 
 from __future__ import annotations
@@ -114,6 +115,9 @@ def summary(worker: Worker, exact: np.ndarray | None) -> dict[str, Any]:
         "status": worker.status,
         "why": worker.why,
         "product_in_gradients": common.median([f["product_seconds"] / f["gradient_seconds"] for f in counted]),
+        "product_cpu_in_gradients": common.median(
+            [f["product_cpu_seconds"] / f["gradient_cpu_seconds"] for f in counted]
+        ),
         "product_seconds": common.median([f["product_seconds"] for f in counted]),
         "gradient_seconds": common.median([f["gradient_seconds"] for f in counted]),
         "product_bytes": worker.figures[0]["product_bytes"],
@@ -122,6 +126,9 @@ def summary(worker: Worker, exact: np.ndarray | None) -> dict[str, Any]:
     if "first_seconds" in counted[0]:
         found["set_up_in_gradients"] = common.median(
             [(f["first_seconds"] - f["product_seconds"]) / f["gradient_seconds"] for f in counted]
+        )
+        found["set_up_cpu_in_gradients"] = common.median(
+            [(f["first_cpu_seconds"] - f["product_cpu_seconds"]) / f["gradient_cpu_seconds"] for f in counted]
         )
         found["paths"] = sorted({PATHS[int(f["path"])] for f in counted})
     return found
@@ -138,18 +145,20 @@ def report(found: dict[str, Any]) -> None:
     """Print one case."""
     print(f"\n{found['case']}: n = {found['n']}, m = {found['m']}, in gradients of the probe batch")
     rows = [row(way, x) for way, x in found["methods"].items()]
-    print(common.table(("way", "product", "set-up", "seconds", "memory", "error", ""), rows))
+    print(common.table(("way", "product", "CPU", "set-up", "CPU", "seconds", "memory", "error", ""), rows))
     sys.stdout.flush()
 
 
 def row(way: str, x: dict[str, Any]) -> tuple[str, ...]:
     """One line of the table."""
     if "product_seconds" not in x:
-        return (way, "-", "-", "-", "-", "-", f"{x['status']}: {x['why'][:90]}")
+        return (way, *["-"] * 7, f"{x['status']}: {x['why'][:90]}")
     return (
         way,
         common.number(x["product_in_gradients"]),
+        common.number(x["product_cpu_in_gradients"]),
         common.number(x.get("set_up_in_gradients")),
+        common.number(x.get("set_up_cpu_in_gradients")),
         common.number(x["product_seconds"]),
         common.megabytes(x["product_bytes"]),
         common.number(x["relative_error"], 2),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
@@ -83,6 +84,20 @@ def _harmless(hook: Callable[..., None]) -> Callable[..., None]:
             )
 
     return guarded
+
+
+def _charged(hook: Callable[..., None]) -> Callable[..., None]:
+    """A hook of every step: all of its time counts as measuring, not only that of measurements."""
+
+    @functools.wraps(hook)
+    def counted(self: ShellDynamicsCallback, *args: Any) -> None:
+        monitor, start = self.monitor, time.perf_counter()
+        before = 0.0 if monitor is None else monitor.measuring_seconds
+        hook(self, *args)
+        if monitor is not None:
+            monitor.measuring_seconds = max(monitor.measuring_seconds, before + time.perf_counter() - start)
+
+    return counted
 
 
 class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
@@ -274,6 +289,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
                 check_pair(self._resolved, self._outputs(pl_module, self._probe), self._probe.targets)
 
     @_harmless
+    @_charged
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
         """Measure, if due, before the step."""
         if self._waits(trainer):
@@ -288,6 +304,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         self.monitor.observe(step_axis(trainer))
 
     @_harmless
+    @_charged
     def on_before_optimizer_step(self, trainer: Any, pl_module: nn.Module, optimizer: Any) -> None:
         """Advance flow time by the learning rate in force."""
         if self.monitor is None or not _has_gradient(optimizer):
@@ -301,6 +318,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         self.monitor.set_step_size(step_size(several))
 
     @_harmless
+    @_charged
     def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Complete the latest measurement by the step that followed it."""
         if self.monitor is not None and trainer.global_step > self._global_step:

@@ -61,8 +61,9 @@ class LogSchedule:
     """Measure at step 0, 1 and then log-spaced, thinned once to a share of the training time.
 
     Steps 0 (cold) and 1 (warm) are measured; steps 2 to 5 are only timed; at step 6 the number of further
-    measurements is fixed to `max_overhead * total_steps * seconds_per_step - spent` over the cost of one, spread
-    evenly in log step. Without a known end, the density is `per_decade` from the first step that can afford it.
+    measurements is fixed to `(max_overhead * seconds_per_step - hooks) * total_steps - spent` over the cost of one,
+    spread evenly in log step; `hooks` is what a step costs without a measurement. Without a known end, the density is
+    `per_decade` from the first step that can afford it.
 
     Args:
         per_decade: measurements a decade of steps before thinning.
@@ -136,15 +137,17 @@ class LogSchedule:
             for a, b in zip(self._times[:-1], self._times[1:], strict=True)
         ]
         per_step = max(median(laps), 1e-9)
+        assert self.max_overhead is not None
+        allowed = self.max_overhead * per_step
+        hooks = min(self._hooks(), allowed / 2)  # on nets so small half is left for measurements
         once = self._cost(spent)
         cost = MARGIN * once * (2 if self.pair else 1)
         self._decided = True
-        assert self.max_overhead is not None
         if self.total_steps is None:
-            self.first = max(step, math.ceil(self.per_decade * cost / (self.max_overhead * per_step * math.log(10))))
+            self.first = max(step, math.ceil(self.per_decade * cost / ((allowed - hooks) * math.log(10))))
             self.decision = f"{self.per_decade} a decade from step {self.first}"
         else:
-            budget = self.max_overhead * self.total_steps * per_step - spent
+            budget = (allowed - hooks) * self.total_steps - spent
             room = max(0, math.floor(budget / cost) - 2)  # two are kept for the end and the summary
             candidates = log_points(step, self.total_steps, self.per_decade)
             self.points = thinned(candidates, room)
@@ -153,6 +156,11 @@ class LogSchedule:
             f" (one measurement {once * 1e3:.3g} ms, one training step {per_step * 1e3:.3g} ms, "
             f"at most {100 * self.max_overhead:g} %)"
         )
+
+    def _hooks(self) -> float:
+        """Seconds that a step costs without a measurement."""
+        pairs = zip(self._times[:-1], self._times[1:], strict=True)
+        return max(0.0, median((b[1] - a[1]) / max(b[0] - a[0], 1) for a, b in pairs))
 
     def _cost(self, spent: float) -> float:
         """Seconds of one measurement: the cheaper of the first two, since a busy machine only ever adds time."""

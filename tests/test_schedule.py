@@ -183,6 +183,7 @@ def test_jumping_steps_and_repeated_steps():
 @pytest.mark.parametrize("saved_at", [1, 3, 5, 6, 40, 200])
 def test_log_state_round_trip(saved_at):
     """A resumed schedule measures what the uninterrupted one does, also if saved before its decision."""
+
     def new():
         return LogSchedule(max_overhead=0.05, total_steps=1_000)
 
@@ -229,3 +230,23 @@ def test_descriptions():
     assert schedule.describe() == "log-spaced, thinned once training steps are timed"
     simulate(schedule, 50, cost=1e-4)
     assert "of" in schedule.describe() and "at most 2 %" in schedule.describe()
+
+
+def test_what_every_step_costs_is_reserved():
+    """Hooks of 0.05 ms a step leave less room for measurements; at least half of the allowance stays for them."""
+
+    def decided(hooks, total_steps=100_000):
+        schedule, spent, elapsed = LogSchedule(10, 0.02, total_steps), 0.0, 0.0
+        for step in range(7):
+            schedule.due(step)
+            schedule.observe(step, spent, elapsed)
+            cost = 1.0 if step < 2 else hooks
+            spent, elapsed = spent + cost, elapsed + cost + 0.01
+        return schedule
+
+    free, charged, dear = (decided(hooks) for hooks in (0.0, 5e-5, 1.0))
+    assert len(free.points) > len(charged.points) > len(dear.points) >= 1
+    cost = 1.2 * (len(charged.points) + 2)  # the margin, and two for the end
+    assert 2.0 + cost + 5e-5 * 100_000 <= 0.02 * 0.01 * 100_000
+    assert decided(5e-5, None).first > decided(0.0, None).first
+    assert decided(1.0, None).first == pytest.approx(2 * decided(0.0, None).first, abs=1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks import nets
 from benchmarks.peers import torch_case, worker
-from benchmarks.timing import repeats_for, seconds
+from benchmarks.timing import clocks, repeats_for, seconds
 
 
 def gradient(net: nn.Module, spec: dict[str, Any]) -> Callable[[], object]:
@@ -49,8 +49,12 @@ def figures(
     """Seconds of a gradient and of a product in turn, and the product's memory; it runs inside `session`."""
     result, product_bytes = worker.peak_of(lambda: session(product), device)
     repeats = repeats_for(seconds(unit, device))
+    gradient = clocks(unit, device, repeats)
+    one = session(lambda: clocks(product, device, repeats))
     return result, {
-        "gradient_seconds": seconds(unit, device, repeats),
-        "product_seconds": session(lambda: seconds(product, device, repeats)),
+        "gradient_seconds": gradient[0],
+        "gradient_cpu_seconds": gradient[1],
+        "product_seconds": one[0],
+        "product_cpu_seconds": one[1],
         "product_bytes": product_bytes,
     }
