@@ -6,6 +6,7 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence, Sized
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from grsd_callbacks.observation import check_observe, choose_observe
 from grsd_callbacks.optimizer import step_size
 from grsd_callbacks.outlet import first_line, remedy, warn
 from grsd_callbacks.probe import Probe, concatenate, probe_from, restored, samples_wanted, unpack_batch
+from grsd_callbacks.refusals import explained
 from grsd_callbacks.sharded import Twin, is_sharded
 from grsd_callbacks.sinks import JSONLinesSink, LoggerSink, MetricsSink, Sink
 from grsd_callbacks.snapshot import Snapshot
@@ -348,11 +350,18 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         self._step, self._why, self._resolved = self._step_asked, "", None
         if self._step is None:
             try:
-                self._resolved = resolve_loss(auto_loss(pl_module) if _is_auto(self._loss) else self._loss, self._nu)
+                self._resolved = self._known_loss(pl_module)
             except ValueError as error:
                 self._take_step(pl_module, error)
         else:
             check_step(pl_module, self._step)
+
+    def _known_loss(self, pl_module: nn.Module) -> Loss:
+        if not _is_auto(self._loss):
+            return resolve_loss(self._loss, self._nu)
+        found = auto_loss(pl_module)
+        names = [name for name, value in _losses_of(pl_module).items() if value is found]
+        return replace(resolve_loss(found, self._nu), source=f"(attribute {names[0]!r} of the module)")
 
     def _take_step(self, pl_module: nn.Module, reason: Exception) -> None:
         """Measure training_step where forward cannot be measured and nothing else was asked for; else raise."""
@@ -386,7 +395,8 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         function = ModelFunction(pl_module, params=self._settings["params"], dtype=self._settings["dtype"])
         runner = StepRunner(pl_module, batch_type(batch))
         try:
-            return observe_step(function, probe, self._step or "", runner, nu=self._nu, why=self._why.split(";")[0])
+            with explained():
+                return observe_step(function, probe, self._step or "", runner, nu=self._nu, why=self._why.split(";")[0])
         except ValueError as error:
             if not self._why:
                 raise
@@ -615,12 +625,7 @@ def auto_loss(module: nn.Module) -> Any:
     Raises:
         ValueError: none or several are found; names the argument to give.
     """
-    found: dict[str, Any] = {}
-    for name, value in [*vars(module).items(), *module.named_children()]:
-        if isinstance(value, (nn.MSELoss, nn.CrossEntropyLoss)):
-            found[name] = value
-        elif value in (F.mse_loss, F.cross_entropy) if callable(value) and not isinstance(value, nn.Module) else False:
-            found[name] = value
+    found = _losses_of(module)
     if len({_options(resolve_loss(value).function) for value in found.values()}) == 1:
         return next(iter(found.values()))
     what = "no nn.MSELoss or nn.CrossEntropyLoss attribute" if not found else f"several losses ({', '.join(found)})"
@@ -628,6 +633,17 @@ def auto_loss(module: nn.Module) -> Any:
         f"loss='auto' found {what} on {type(module).__name__}; give loss='mse', loss='cross_entropy' or "
         "loss= a callable (outputs, targets) -> scalar"
     )
+
+
+def _losses_of(module: nn.Module) -> dict[str, Any]:
+    """Mean squared errors and cross-entropies among the attributes of a module."""
+    found: dict[str, Any] = {}
+    for name, value in [*vars(module).items(), *module.named_children()]:
+        if isinstance(value, (nn.MSELoss, nn.CrossEntropyLoss)):
+            found[name] = value
+        elif value in (F.mse_loss, F.cross_entropy) if callable(value) and not isinstance(value, nn.Module) else False:
+            found[name] = value
+    return found
 
 
 def _options(loss: Any) -> tuple[Any, ...]:

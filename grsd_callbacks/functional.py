@@ -128,6 +128,8 @@ class ModelFunction:
         self._inside = True
         try:
             with undisturbed(self.model, mode=self.mode):
+                if "_dtype" in vars(self.model):  # LightningModule.dtype, which users cast with; put back by the guard
+                    vars(self.model)["_dtype"] = self._target
                 return self._call(self.parameters, function)
         finally:
             self._inside = False

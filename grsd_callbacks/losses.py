@@ -46,12 +46,14 @@ class Loss:
             score) or "general" (no such meaning; dissipation still sums to the squared gradient norm).
         nu: a fixed scale, or None to derive it from the probe (see `scale`).
         meaning: of energies and dissipation, in words, where the kind does not say it.
+        source: where the loss comes from, for the report.
     """
 
     function: Callable[[Any, Any], Tensor]
     kind: str
     nu: float | None = None
     meaning: str = ""
+    source: str = ""
 
     @property
     def closes(self) -> bool:

@@ -257,7 +257,7 @@ def _exact(op: NTKOperator, r: Residual, settings: Settings, grid: ShellGrid | N
         "eigenvalues": values.flip(0).to("cpu", torch.float64),
         "weights": None,
         "summary": summary,
-        "paths": {"kernel": _summarised(gram.paths)},
+        "paths": {"kernel": counted(gram.paths)},
         "num_unused": gram.num_unused,
     }
 
@@ -395,7 +395,7 @@ def _random_images(op: NTKOperator, nu: float, seed: int) -> Tensor:
     return torch.cat([images[:, :1], images[:, 1:] - images[:, 1:].mean()], dim=1)
 
 
-def _summarised(paths: dict[str, str]) -> str:
+def counted(paths: dict[str, str]) -> str:
     """ "linear 4, rows 2": how many parameters took which path."""
     counts: dict[str, int] = {}
     for path in paths.values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -33,12 +33,16 @@ class MethodChoice:
         method: "exact" or "krylov".
         reason: one clause for the report.
         exact_seconds, krylov_seconds: expected cost of one measurement; NaN where not estimated.
+        peak_bytes: memory that the exact kernel would take.
+        paths: the form each parameter would take in it.
     """
 
     method: str
     reason: str
     exact_seconds: float = float("nan")
     krylov_seconds: float = float("nan")
+    peak_bytes: int = 0
+    paths: dict[str, str] = field(default_factory=dict)
 
 
 def method_by_size(op: NTKOperator) -> str:
@@ -80,7 +84,7 @@ def choose_by_cost(op: NTKOperator, num_products: int, memory_limit: int | None 
         f"about {exact:.2g} s and {held / 1e6:.0f} MB exact, {krylov:.2g} s by {num_products} products, "
         f"measured on this machine"
     )
-    return MethodChoice(method, reason, exact, krylov)
+    return MethodChoice(method, reason, exact, krylov, estimate.peak_bytes, estimate.paths)
 
 
 def _megabytes(held: float, bound: float) -> str:

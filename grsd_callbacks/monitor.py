@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from grsd_callbacks.optimizer import NO_STEP_SIZE, StepSize, step_size
 from grsd_callbacks.outlet import Outlet, first_line, remedy, warn
 from grsd_callbacks.plan import ProductPlan
 from grsd_callbacks.probe import Probe, plain_leaves, probe_from, restored
+from grsd_callbacks.refusals import check_derivative, explained
 from grsd_callbacks.report import start_report, summary_table
 from grsd_callbacks.resume import changed_arguments, plain_arguments, same_probe
 from grsd_callbacks.run import Pending, Run
@@ -201,6 +203,10 @@ class ShellMonitor:
     def _prepare(self) -> None:
         """Run the model once on the probe: wrong use fails here, before the first step, on every rank."""
         self._gather()
+        with explained():
+            self._prepare_together()
+
+    def _prepare_together(self) -> None:
         self.team.group.together(self._observe)
         self.team.settle(self._unsharded, self.probe.inputs, **self._function_options())
         method, self.report = self.team.group.share(self._prepare_here)
@@ -226,14 +232,21 @@ class ShellMonitor:
         check_pair(self.loss, outputs, self.probe.targets)
         op.run(lambda: self.loss.evaluate(outputs, self.probe.targets))  # refuses what is no differentiable scalar
         self.loss = op.run(lambda: calibrate(self.loss, outputs, self.probe.targets))
-        reason = ""
+        checks = [check] if (check := check_derivative(op)) else []
+        for check in checks:
+            self.outlet.warn_once("derivative", f"grsd: {check}.")
+        products = self.settings.num_matvecs + self.settings.num_density_matvecs
+        choice = choose_by_cost(op, products, self.settings.memory_limit)
         if self.settings.method == "auto":
-            products = self.settings.num_matvecs + self.settings.num_density_matvecs
-            choice = choose_by_cost(op, products, self.settings.memory_limit)
-            self.settings, reason = replace(self.settings, method=choice.method), choice.reason
+            self.settings = replace(self.settings, method=choice.method)
+        else:
+            choice = replace(choice, reason="as asked for")
+        if self.work or self.settings.method != "exact":
+            with suppress(RuntimeError):  # no way at all: said in the report, and by the measurement that needs it
+                op.choose_forward(timed=False)
+        schedule = self.schedule.describe()
         ranks = self.team.describe() + ("; parameters gathered into an unsharded twin" if self._twin else "")
-        report = start_report(op, self.loss, self.settings, self.schedule.describe(), reason, ranks)
-        return self.settings.method, report
+        return self.settings.method, start_report(op, self.loss, self.settings, schedule, choice, ranks, checks)
 
     @property
     def history(self) -> list[Snapshot]:

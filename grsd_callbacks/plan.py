@@ -76,7 +76,7 @@ class Trial:
 
     def __init__(self, function: ModelFunction, inputs: Any, n: int) -> None:
         self.function = function
-        few = max(2, n // TRIAL_SHARE)
+        few = n if function.interacting else max(2, n // TRIAL_SHARE)
         self.inputs, self.num_samples = (inputs, n) if few >= n else (take(inputs, slice(0, few), n), few)
         self._known = [*function.parameters.values(), *function.constants, *tree_leaves(inputs)]
         self._saved = SavedBytes(self._known)
@@ -157,6 +157,8 @@ class Trial:
 
     def interact(self) -> bool:
         """Whether outputs of the first half of the samples change when the others are left out."""
+        if self.function.interacting:
+            return True
         half = (self.num_samples + 1) // 2
         with torch.no_grad():
             whole = self.function.outputs(self.inputs)

@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from grsd_callbacks.exponents import PowerLawFit
 from grsd_callbacks.kernel import NTKOperator
 from grsd_callbacks.losses import Loss
-from grsd_callbacks.measure import Settings, choose_method
+from grsd_callbacks.measure import Settings, choose_method, counted
+from grsd_callbacks.method import MethodChoice
 from grsd_callbacks.snapshot import Snapshot
+from grsd_callbacks.spectrum import RELATIVE_FLOOR
 from grsd_callbacks.trajectory import exponent_closures
 
 EXPONENT_NAMES = {
@@ -38,30 +40,88 @@ CLOSURE_NAMES = {
 
 
 def start_report(
-    op: NTKOperator, loss: Loss, settings: Settings, schedule: str, reason: str = "", ranks: str = ""
+    op: NTKOperator,
+    loss: Loss,
+    settings: Settings,
+    schedule: str,
+    choice: MethodChoice | None = None,
+    ranks: str = "",
+    checks: Sequence[str] = (),
 ) -> str:
-    """What is measured on what, by which way (and why that one), when, and by whom where there are several ranks."""
+    """What is measured on what, by which way (and why that one), at what cost, when, and by whom.
+
+    Args:
+        op: the operator on the probe, its way for J w chosen.
+        loss: the loss, its scale settled.
+        settings: how to measure, the method settled.
+        schedule: when, in words.
+        choice: expected cost of the methods; None where it is not known.
+        ranks: who measures, in words, where there are several.
+        checks: what the checks of the model have found.
+    """
     method = choose_method(settings.method, op)
-    how = {
+    reason = f" ({choice.reason})" if choice is not None and choice.reason else ""
+    lines = {
+        "function": function_lines(op),
+        "loss": [f"{loss.kind.replace('_', ' ')}{loss.source and ' ' + loss.source}: {loss.energy_meaning}"],
+        "probe": [f"{op.num_samples} samples x {op.num_outputs} outputs, m = {op.shape[0]}"],
+        "parameters": [_parameters(op)],
+        "precision": [_precision(op)],
+        "method": [f"{method}: {_how(method, settings)}{reason}"],
+        "kernel": _kernel_lines(method, choice),
+        "J w": _product_lines(op),
+        "schedule": [schedule],
+        "ranks": [ranks] if ranks else [],
+        "model": ["measured in eval mode on copies; training is left bit-identical"],
+        "checks": list(checks),
+    }
+    return "\n".join(
+        [
+            "grsd: shell dynamics of the empirical NTK",
+            *(line for t, part in lines.items() for line in _indented(t, part)),
+        ]
+    )
+
+
+def _how(method: str, settings: Settings) -> str:
+    return {
         "exact": "exact kernel and eigendecomposition",
         "krylov": f"{settings.num_matvecs} + {settings.num_density_matvecs} kernel products (energies + counts)",
         "randomized": f"range finder with {settings.num_matvecs} kernel products, top of the spectrum only",
     }[method]
-    n, c = op.num_samples, op.num_outputs
-    return "\n".join(
-        [
-            "grsd: shell dynamics of the empirical NTK",
-            *_indented("function", function_lines(op)),
-            f"  probe       {n} samples x {c} outputs, m = {n * c}",
-            f"  parameters  {op.num_parameters:,} in {len(op.parameter_names)} tensors, "
-            f"{str(op.dtype)[6:]} on {op.device}",
-            f"  loss        {loss.kind.replace('_', ' ')}: {loss.energy_meaning}",
-            f"  method      {method}: {how}" + (f" ({reason})" if reason else ""),
-            f"  schedule    {schedule}",
-            *([f"  ranks       {ranks}"] if ranks else []),
-            "  model       measured in eval mode on copies; training is left bit-identical",
-        ]
-    )
+
+
+def _parameters(op: NTKOperator) -> str:
+    every = sum(p.numel() for p in op.function.model.parameters())
+    count = f"{op.num_parameters:,}" + (f" of {every:,}" if every != op.num_parameters else "")
+    return f"{count} in {len(op.parameter_names)} tensors, {str(op.dtype)[6:]} on {op.device}"
+
+
+def _precision(op: NTKOperator) -> str:
+    """The measured function is that of the parameters as they are kept, without autocast."""
+    named = dict(op.function.model.named_parameters())
+    kept = sorted({str(named[name].dtype)[6:] for name in op.parameter_names})
+    floor = RELATIVE_FLOOR.get(op.dtype, 1e-12)
+    copies = f"{str(op.dtype)[6:]} copies of {' and '.join(kept)} parameters"
+    return f"{copies}, autocast off; eigenvalues down to {floor:.0e} lambda_max are resolved"
+
+
+def _kernel_lines(method: str, choice: MethodChoice | None) -> list[str]:
+    """Forms of the parameters in the exact kernel, and the expected cost of a measurement."""
+    if choice is None:
+        return []
+    seconds = {"exact": choice.exact_seconds, "krylov": choice.krylov_seconds}.get(method, math.nan)
+    lines = [counted(choice.paths)] if method == "exact" and choice.paths else []
+    if math.isfinite(seconds):
+        memory = f" and {choice.peak_bytes / 1e6:.0f} MB" if method == "exact" else ""
+        lines.append(f"about {seconds:.2g} s{memory} a measurement")
+    return lines
+
+
+def _product_lines(op: NTKOperator) -> list[str]:
+    """The way to J w, and ways that were refused."""
+    refused = [f"{path} refused: {why}" for path, why in op.refused.items()]
+    return [op.plan.path.replace("_", " ") or "no way found", *refused] if op.plan.path or refused else []
 
 
 def function_lines(op: NTKOperator) -> Sequence[str]:
@@ -74,7 +134,7 @@ def function_lines(op: NTKOperator) -> Sequence[str]:
 
 
 def _indented(title: str, lines: Sequence[str]) -> list[str]:
-    return [f"  {title if i == 0 else '':10}  {line}" for i, line in enumerate(lines)]
+    return [f"  {title if i == 0 else '':<10}  {line}" for i, line in enumerate(lines)]
 
 
 def summary_table(history: Sequence[Snapshot], fits: Mapping[str, PowerLawFit]) -> str:

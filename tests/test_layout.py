@@ -13,7 +13,7 @@ LEVELS = {
     0: {"arguments", "distributed", "guard", "json_lines", "lean", "memory"},
     1: {"functional", "krylov", "layers", "losses", "optimizer", "probe", "sharded"},
     2: {"kernel", "gram", "paths", "plan", "training_step"},
-    3: {"method", "randomized", "spectrum", "team", "observation"},
+    3: {"method", "randomized", "spectrum", "team", "observation", "refusals"},
     4: {"shells"},
     5: {"density", "flux", "transfer", "comparison", "drift", "exponents", "position"},
     6: {"snapshot", "measure", "emission", "trajectory", "run", "renormalizability"},

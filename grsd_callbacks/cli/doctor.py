@@ -58,7 +58,7 @@ def doctor(subject: Subject) -> int:
     if subject.loss is None:
         print(f"method {settings.method} ({choice.reason}); for a trial measurement give --data with targets")
         return 0
-    print(start_report(op, subject.loss, settings, "(decided when training steps have been timed)", choice.reason))
+    print(start_report(op, subject.loss, settings, "(decided when training steps have been timed)", choice))
     op.release()
     return 0 if _tried("trial measurement", lambda: _trial(replace(subject, settings=settings))) else 1
 

@@ -102,7 +102,8 @@ def _recorder(names: dict[int, str], calls: list[Call]) -> Any:
         if rule is None or not isinstance(x, Tensor) or not isinstance(output, Tensor) or not output.requires_grad:
             return
         kind, holds = rule
-        used = {role: names[id(p)] for role, p in module._parameters.items() if p is not None and id(p) in names}
+        own = {role: module._parameters.get(role) for role in ("weight", "bias")}  # others make these: weight_orig, ...
+        used = {role: names[id(p)] for role, p in own.items() if p is not None and id(p) in names}
         if used and holds(module, x):
             calls.append(kind(module, used, x, output))
 

@@ -124,13 +124,11 @@ def muted(model: nn.Module) -> Iterator[None]:
     """No logger is written to, nothing is printed by `self.print`, and collectives of the step are refused."""
     trainer = getattr(model, "_trainer", None)
     state = vars(model)
-    saved: dict[str, Any] = {name: state[name] for name in ("print", "all_gather", "_dtype") if name in state}
+    saved: dict[str, Any] = {name: state[name] for name in ("print", "all_gather") if name in state}
     if hasattr(model, "print"):
         state["print"] = lambda *args, **kwargs: None
     if getattr(trainer, "world_size", 1) > 1:
         state["all_gather"] = _refuse_collective
-    if "_dtype" in saved:  # self.dtype, which users cast with, is that of the copies
-        state["_dtype"] = next(model.parameters()).dtype
     loggers = getattr(trainer, "loggers", None)
     try:
         if loggers:
