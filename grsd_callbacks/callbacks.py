@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback as _Callback
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.utils.data import IterableDataset
@@ -470,6 +471,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
             for sink in self._sinks:  # a new run in a folder that another run has used
                 if isinstance(sink, JSONLinesSink):
                     sink.path = unused_path(sink.path)
+        rank_zero_info(monitor.report)
         return monitor
 
     @property

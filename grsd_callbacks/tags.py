@@ -154,7 +154,9 @@ TAGS: dict[str, Tag] = {
         "1", "(sum E - L) / L: rounding for a squared loss; not emitted else", _from("closures", "energy")
     ),
     "grsd_closure/dissipation": Tag(
-        "1", "(sum D - |grad L|^2) / |grad L|^2: rounding for every loss", _from("closures", "dissipation")
+        "1",
+        "(sum D - |grad L|^2) / |grad L|^2: rounding for every loss; not emitted for a projection of the outputs",
+        _from("closures", "dissipation"),
     ),
     "grsd_closure/transport": Tag(
         "1", "|sum of transport| / sum |transport|: rounding for every run", _from("closures", "transport")

@@ -141,7 +141,7 @@ def test_derivatives_that_are_none_are_told(make, message):
     assert re.search(message, found)
 
 
-def test_the_warning_and_the_report(tmp_path):
+def test_the_warning_and_the_report(tmp_path, caplog):
     callback = ShellDynamicsCallback(num_probe=8, every_n_steps=4)
     cases.seed()
     module = cases.Module(Net(straight_through), nn.CrossEntropyLoss())
@@ -149,6 +149,7 @@ def test_the_warning_and_the_report(tmp_path):
         cases.fit(module, cases.classes(), tmp_path, [callback], logger=CSVLogger(tmp_path))
     assert "checks      autograd's derivative is not that of the forward" in callback.monitor.report
     assert len(callback.history) == 3
+    assert callback.monitor.report in caplog.messages  # at INFO, once, as Lightning tells of its own
 
 
 def test_the_report_says_what_is_measured_by_which_way_and_at_what_cost():
