@@ -207,10 +207,6 @@ class ShellMonitor:
 
     def _prepare_together(self) -> None:
         self._gather()
-        with explained():
-            self._prepare_together()
-
-    def _prepare_together(self) -> None:
         self.team.group.together(self._observe)
         self.team.settle(self._unsharded, self.probe.inputs, **self._function_options())
         method, self.report = self.team.group.share(self._prepare_here)
