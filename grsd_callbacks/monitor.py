@@ -122,7 +122,7 @@ class ShellMonitor:
         distributed: bool = True,
         **settings: Any,
     ) -> None:
-        if not isinstance(model, nn.Module):
+        if not isinstance(model, (nn.Module, Twin)):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         check_options(on_error, {"pair": pair, "work": work, "transfer": transfer, "figures": figures}, unpack)
         if not isinstance(prefix, str):
