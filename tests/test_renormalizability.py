@@ -360,8 +360,10 @@ def test_gradient_norms_over_depth():
 
 def test_propagation_refuses_what_it_cannot_read():
     x, y = randn(4, 5), randn(4, 2)
-    with pytest.raises(ValueError, match="at least two blocks after the one"):
-        gradient_propagation(NTKOperator(seeded(lambda: mlp(depth=2)), x), y, MSE)
+    with pytest.raises(ValueError, match="a block whose input depends on parameters"):
+        gradient_propagation(NTKOperator(seeded(lambda: nn.Linear(5, 2)), x), y, MSE)
+    shallow = gradient_propagation(NTKOperator(seeded(lambda: mlp(depth=2)), x), y, MSE, num_null=19)
+    assert shallow.names == ("2",) and math.isnan(shallow.spread) and math.isnan(shallow.p_value)
 
     class TimeFirst(nn.Module):
         def __init__(self):
