@@ -275,10 +275,11 @@ def report(records: list[dict], command: str) -> str:
 
 
 def verdict(rows: list[dict]) -> list[str]:
-    """What the comparisons support: by depth, since the claim is about depth."""
-    lines = []
-    for depth in sorted({row["depth"] for row in rows}):
-        lines.append(f"- Depth {depth}: {sentence([row for row in rows if row['depth'] == depth])}.")
+    """What the comparisons support: by depth, since the claim is about depth, and by kind of net."""
+    lines = ["Defect during training, by depth and by kind of net:", ""]
+    for factor in ("depth", "net"):
+        for value in dict.fromkeys(row[factor] for row in rows):
+            lines.append(f"- {factor} {value}: {sentence([row for row in rows if row[factor] == value])}.")
     told = [row["difference"] for row in rows if math.isfinite(row["difference"][1])]
     below = sum(mean + half < 0 for mean, half in told)
     above = sum(mean - half > 0 for mean, half in told)
@@ -288,6 +289,8 @@ def verdict(rows: list[dict]) -> list[str]:
         lines += ["", f"Supported here: {claim}. Not supported: that this holds in every setting, or at other sizes."]
     else:
         lines += ["", f"Not supported here as a general statement: {claim}. The rows below say where it does hold."]
+    lines += ["A confounder is not removed: kernels of the two kinds of nets move by different amounts (drift above); only"]
+    lines += ["at initialization have both not moved.", ""]
     lines += ["Not tested: wide or deep nets beyond these, other activations, minibatch noise, other optimizers."]
     return lines
 
