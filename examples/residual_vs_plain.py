@@ -289,8 +289,8 @@ def verdict(rows: list[dict]) -> list[str]:
         lines += ["", f"Supported here: {claim}. Not supported: that this holds in every setting, or at other sizes."]
     else:
         lines += ["", f"Not supported here as a general statement: {claim}. The rows below say where it does hold."]
-    lines += ["A confounder is not removed: kernels of the two kinds of nets move by different amounts (drift above); only"]
-    lines += ["at initialization have both not moved.", ""]
+    lines += ["A confounder is not removed: kernels of the two kinds of nets move by different amounts (drift above);"]
+    lines += ["only at initialization have both not moved.", ""]
     lines += ["Not tested: wide or deep nets beyond these, other activations, minibatch noise, other optimizers."]
     return lines
 

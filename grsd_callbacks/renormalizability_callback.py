@@ -23,8 +23,8 @@ class RenormalizabilityCallback(ShellDynamicsCallback):
     is this package's own (`DEFINITIONS`, `LIMITS`).
 
     Args:
-        loss, probe, num_probe, every_n_steps, max_overhead, params, outputs, unpack, nu, dtype, memory_limit, figures,
-            json_lines, on_error, name: see `ShellDynamicsCallback`.
+        loss, probe, num_probe, every_n_steps, max_overhead, params, outputs, observe, num_projections, unpack, nu,
+            dtype, memory_limit, figures, json_lines, on_error, name: see `ShellDynamicsCallback`.
         blocks: names of the block modules in order; None: children of the longest `nn.Sequential` or `nn.ModuleList`.
         per_decade: measurements a decade of steps before thinning.
         shells_per_decade: shells a decade of eigenvalues.
@@ -67,7 +67,9 @@ class RenormalizabilityCallback(ShellDynamicsCallback):
         num_null: int = 199,
         num_resamples: int = 24,
         params: str | list[str] | None = None,
-        outputs: Callable[[Any], Tensor] | None = None,
+        outputs: str | Callable[[Any], Tensor] | None = None,
+        observe: str | None = "auto",
+        num_projections: int = 16,
         unpack: Callable[[Any], tuple[Any, Any]] | None = None,
         nu: float | None = None,
         dtype: str | torch.dtype | None = None,
@@ -89,6 +91,8 @@ class RenormalizabilityCallback(ShellDynamicsCallback):
             work=False,
             params=params,
             outputs=outputs,
+            observe=observe,
+            num_projections=num_projections,
             unpack=unpack,
             nu=nu,
             dtype=dtype,

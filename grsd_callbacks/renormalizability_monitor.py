@@ -20,7 +20,7 @@ from grsd_callbacks.emission import Emission
 from grsd_callbacks.exponents import PowerLawFit
 from grsd_callbacks.figures import conditions_figure
 from grsd_callbacks.measure import operator_for
-from grsd_callbacks.monitor import ShellMonitor
+from grsd_callbacks.monitor import ShellMonitor, on_every_rank
 from grsd_callbacks.outlet import Outlet
 from grsd_callbacks.renormalizability import (
     Conditions,
@@ -86,9 +86,12 @@ class RenormalizabilityMonitor(ShellMonitor):
         writer = options.pop("writer", None)
         fixed = {"method": "exact", "pair": False, "work": False, "transfer": False}
         super().__init__(model, loss, probe, per_decade=per_decade, **{**options, **fixed})
+        self._arguments["conditions"] = str(self.how)
         leads = self.team.leads
-        prefix = options.get("prefix", "grsd_")
-        self.outlet: ConditionsOutlet = ConditionsOutlet(writer if leads else None, prefix, self.on_error, not leads)
+        sinks = writer if leads else on_every_rank(writer)
+        self.outlet: ConditionsOutlet = ConditionsOutlet(
+            sinks, options.get("prefix", "grsd_"), self.on_error, not leads
+        )
 
     def _prepare_here(self) -> tuple[str, str]:
         """As for shells; also whether there are blocks, activations and few enough rows."""
@@ -110,7 +113,10 @@ class RenormalizabilityMonitor(ShellMonitor):
 
     def _take(self, step: int) -> Snapshot:
         snapshot = super()._take(step)
-        self.conditions.append(self.team.group.share(lambda: self._conditions_at(snapshot)))
+        found = self.team.group.share(lambda: self._conditions_at(snapshot))
+        self.conditions.append(found)
+        if not self.team.leads:
+            self.outlet.conditions(found, snapshot, self.num_failed, None)
         return snapshot
 
     def _conditions_at(self, snapshot: Snapshot) -> Conditions:
@@ -165,7 +171,8 @@ class RenormalizabilityMonitor(ShellMonitor):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue a run."""
         super().load_state_dict(state)
-        self.conditions = [Conditions.from_dict(json.loads(text)) for text in state["conditions"]]
+        kept = state["conditions"] if self.history else []  # a series with other arguments starts anew
+        self.conditions = [Conditions.from_dict(json.loads(text)) for text in kept]
 
 
 def regime_signs(history: Sequence[Snapshot], rho: PowerLawFit | None = None) -> dict[str, float]:
