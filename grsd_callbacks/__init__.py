@@ -71,6 +71,7 @@ from grsd_callbacks.renormalizability import (
     time_rescaling_covariance,
     verdict_table,
 )
+from grsd_callbacks.renormalizability_monitor import RenormalizabilityMonitor, regime_signs
 from grsd_callbacks.shells import ShellBudget, ShellGrid, shell_budget
 from grsd_callbacks.sinks import JSONLinesSink, LoggerSink, MemorySink, Sink, TensorBoardSink, read_json_lines
 from grsd_callbacks.snapshot import Snapshot
@@ -79,6 +80,7 @@ from grsd_callbacks.tags import TAGS, Tag
 
 if TYPE_CHECKING:
     from grsd_callbacks.callbacks import ShellDynamicsCallback
+    from grsd_callbacks.renormalizability_callback import RenormalizabilityCallback
 
 __version__ = "0.1.0"
 
@@ -109,6 +111,8 @@ __all__ = [
     "Probe",
     "Quantisation",
     "Regime",
+    "RenormalizabilityCallback",
+    "RenormalizabilityMonitor",
     "ResourceLaws",
     "RunVerdict",
     "Settings",
@@ -157,6 +161,7 @@ __all__ = [
     "progress_contour",
     "quantisation_exponents",
     "read_json_lines",
+    "regime_signs",
     "resolve_loss",
     "resolved_modes",
     "resource_laws",
@@ -180,4 +185,8 @@ def __getattr__(name: str) -> Any:
         from grsd_callbacks import callbacks
 
         return getattr(callbacks, name)
+    if name == "RenormalizabilityCallback":
+        from grsd_callbacks import renormalizability_callback
+
+        return getattr(renormalizability_callback, name)
     raise AttributeError(f"module 'grsd_callbacks' has no attribute {name!r}")

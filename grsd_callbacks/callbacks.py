@@ -57,8 +57,8 @@ _BASES = tuple(dict.fromkeys((_Callback, _OtherCallback)))
 SHARDED = ("FSDPStrategy", "DeepSpeedStrategy")
 #: and that which makes them at the end of the set-up, as DTensors that can be gathered
 GATHERED = ("ModelParallelStrategy",)
-#: file of JSON lines in the run's log folder
-JSON_LINES = "grsd.jsonl"
+#: name without .jsonl of the file of JSON lines in the run's log folder
+JSON_STEM = "grsd"
 
 
 def _harmless(hook: Callable[..., None]) -> Callable[..., None]:
@@ -156,6 +156,10 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         []
     """
 
+    _monitor_type: type[ShellMonitor] = ShellMonitor
+    _key = "ShellDynamicsCallback"
+    _json_stem = JSON_STEM
+
     def __init__(
         self,
         loss: Any = "auto",
@@ -245,7 +249,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
     @property
     def state_key(self) -> str:
         """Key of the state in checkpoints; two instances need different names."""
-        return f"ShellDynamicsCallback[{self.name}]" if self.name else "ShellDynamicsCallback"
+        return f"{self._key}[{self.name}]" if self.name else self._key
 
     def summary(self) -> str:
         """The run as a readable table."""
@@ -274,7 +278,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         self._sinks = []
         if self._group.leads:
             self._sinks = [LoggerSink(logger) for logger in trainer.loggers]
-            self._sinks += json_lines_sink(self._json_lines, folder, trainer, self.name)
+            self._sinks += json_lines_sink(self._json_lines, folder, trainer, self.name, self._json_stem)
             if not self._sinks and not getattr(trainer, "fast_dev_run", False):
                 warn("grsd: the Trainer has no logger; measurements are kept in callback.history only.")
         if type(trainer.strategy).__name__ in GATHERED:  # layers may not even exist yet
@@ -613,8 +617,8 @@ def refuse_collisions(trainer: Any, callback: ShellDynamicsCallback) -> None:
     for other in trainer.callbacks:
         if not isinstance(other, ShellDynamicsCallback) or other is callback:
             continue
-        if callback.name == other.name:
-            raise ValueError(f"name={callback.name!r} is that of two ShellDynamicsCallbacks; give each its own name=")
+        if callback.state_key == other.state_key:
+            raise ValueError(f"name={callback.name!r} is that of two {callback._key}s; give each its own name=")
         if callback._json_lines not in (None, "auto") and callback._json_lines == other._json_lines:
             raise ValueError(
                 f"json_lines={callback._json_lines!r} is the file of two ShellDynamicsCallbacks; give each its own"
@@ -673,7 +677,9 @@ def _options(loss: Any) -> tuple[Any, ...]:
     return (type(loss), *options, None if weight is None else tuple(weight.tolist()))
 
 
-def json_lines_sink(where: str | None, folder: str | None, trainer: Any, name: str = "") -> list[Sink]:
+def json_lines_sink(
+    where: str | None, folder: str | None, trainer: Any, name: str = "", stem: str = JSON_STEM
+) -> list[Sink]:
     """The sink of JSON lines in the run's log folder, if there is a local one."""
     if where is None:
         return []
@@ -682,7 +688,7 @@ def json_lines_sink(where: str | None, folder: str | None, trainer: Any, name: s
     if not trainer.loggers or getattr(trainer, "fast_dev_run", False) or folder is None or "://" in str(folder):
         return []
     Path(folder).mkdir(parents=True, exist_ok=True)
-    return [JSONLinesSink(Path(folder) / (f"grsd_{name}.jsonl" if name else JSON_LINES))]
+    return [JSONLinesSink(Path(folder) / (f"{stem}_{name}.jsonl" if name else f"{stem}.jsonl"))]
 
 
 def unused_path(path: Path) -> Path:

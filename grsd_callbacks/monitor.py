@@ -143,7 +143,7 @@ class ShellMonitor:
         self.samples: Probe = self._whole_probe(probe, num_probe, unpack)
         self.probe: Probe = self.samples
         self.outlet = Outlet(
-            writer if self.team.leads else _on_every_rank(writer), prefix, on_error, not self.team.leads
+            writer if self.team.leads else on_every_rank(writer), prefix, on_error, not self.team.leads
         )
         self.on_error = on_error
         self.pair = pair
@@ -622,7 +622,7 @@ class ShellMonitor:
         self._pending = None
 
 
-def _on_every_rank(writer: Any) -> list[Any]:
+def on_every_rank(writer: Any) -> list[Any]:
     """The sinks that take values also where rank zero writes."""
     several = writer if isinstance(writer, (list, tuple)) else [writer]
     return [sink for sink in several if getattr(sink, "on_every_rank", False)]

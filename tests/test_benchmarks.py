@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import bench_accuracy, bench_kernel, bench_products, common, nets
+from benchmarks import bench_accuracy, bench_conditions, bench_kernel, bench_products, common, nets
 from benchmarks.peers.launch import Worker
 
 
@@ -106,3 +106,11 @@ def test_missing_interpreter_is_reported(monkeypatch, tmp_path):
     worker = Worker("run_torchjd", {"net": "mlp", "scale": "tiny", "n": 2})
     assert worker.status == "not installed" and worker.run() is None
     worker.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning")
+def test_conditions(tmp_path):
+    found = run(bench_conditions, tmp_path)
+    for r in found.values():
+        assert r["measured_at"][:2] == [0, 1] and r["measured_at"][-1] == r["steps"] == 12
+        assert r["overhead_percent"] > 0 and r["final_seconds"] > 0 and len(r["verdicts"]) == 6

@@ -30,7 +30,7 @@ def scene(tmp_path, monkeypatch):
     class Model(L.LightningModule):
         def __init__(self):
             super().__init__()
-            self.net = nn.Linear(4, 2)
+            self.net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
 
         def forward(self, x):
             return self.net(x)

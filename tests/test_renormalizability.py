@@ -28,8 +28,9 @@ from grsd_callbacks import (
     time_rescaling_covariance,
 )
 from grsd_callbacks.renormalizability.couplings import refined, shell_couplings
+from grsd_callbacks.renormalizability.flow import sharp_transfer, shell_flux
 from grsd_callbacks.testing import CovariantChain, PowerLawKernel
-from grsd_callbacks.transfer import kernel_velocity
+from grsd_callbacks.transfer import kernel_velocity, shell_transfer
 
 MSE = resolve_loss("mse")
 
@@ -144,6 +145,17 @@ def test_couplings_are_the_rms_over_pairs_of_different_modes():
     assert float(R[1, 1]) == pytest.approx(abs(float(q[0, 1])))
     assert float(R[1, 2]) == pytest.approx(float((q[:2, 2] ** 2).mean().sqrt()))
     assert math.isnan(float(R[2, 2])) and float(pairs[1, 2]) == 2 and float(pairs[1, 1]) == 2
+
+
+def test_flux_and_transfer_are_those_of_the_direct_sums():
+    """Against divided differences pair by pair, with degenerate pairs and null modes."""
+    lam = torch.cat([torch.zeros(3), torch.full((4,), 0.3), torch.logspace(-4, 1, 30)]).double()
+    g, rate = randn(37, seed=1), randn(37, 37, seed=2)
+    rate = rate + rate.mT
+    grid = ShellGrid.logarithmic(1e-5, 10.0, per_decade=2)
+    direct = shell_transfer(lam, g, rate, grid, width=0.4)
+    assert relative(shell_flux(lam, rate, g, grid, 0.4), direct.flux) < 1e-10
+    assert relative(sharp_transfer(lam, rate, g, grid), shell_transfer(lam, g, rate, grid).transfer) < 1e-12
 
 
 def test_degenerate_bases_do_not_matter():
@@ -360,8 +372,10 @@ def test_gradient_norms_over_depth():
 
 def test_propagation_refuses_what_it_cannot_read():
     x, y = randn(4, 5), randn(4, 2)
-    with pytest.raises(ValueError, match="at least two blocks after the one"):
-        gradient_propagation(NTKOperator(seeded(lambda: mlp(depth=2)), x), y, MSE)
+    with pytest.raises(ValueError, match="a block whose input depends on parameters"):
+        gradient_propagation(NTKOperator(seeded(lambda: nn.Linear(5, 2)), x), y, MSE)
+    shallow = gradient_propagation(NTKOperator(seeded(lambda: mlp(depth=2)), x), y, MSE, num_null=19)
+    assert shallow.names == ("2",) and math.isnan(shallow.spread) and math.isnan(shallow.p_value)
 
     class TimeFirst(nn.Module):
         def __init__(self):

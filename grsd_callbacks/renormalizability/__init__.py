@@ -22,9 +22,10 @@ from .judgement import RunVerdict, judge
 from .propagation import GradientPropagation, gradient_propagation
 from .regime import Regime, lazy_or_rich
 from .rescaling import TimeRescaling, time_rescaling_covariance
-from .verdicts import DEFINITIONS, LIMITS, Verdict, verdict_table
+from .verdicts import COLUMNS, DEFINITIONS, LIMITS, Verdict, table_rows, verdict_table
 
 __all__ = [
+    "COLUMNS",
     "DEFINITIONS",
     "LIMITS",
     "Block",
@@ -48,5 +49,6 @@ __all__ = [
     "log_shift_invariance",
     "measure_conditions",
     "time_rescaling_covariance",
+    "table_rows",
     "verdict_table",
 ]

@@ -27,10 +27,11 @@ from grsd_callbacks.renormalizability.blocks import (
 )
 from grsd_callbacks.renormalizability.couplings import LogShiftInvariance, log_shift_invariance, refined
 from grsd_callbacks.renormalizability.evolution import JacobianEvolution, jacobian_evolution
+from grsd_callbacks.renormalizability.flow import shell_flux
 from grsd_callbacks.renormalizability.propagation import GradientPropagation, gradient_propagation
-from grsd_callbacks.shells import ShellGrid
-from grsd_callbacks.spectrum import eigendecomposition
-from grsd_callbacks.transfer import kernel_velocity, kink_gap, shell_transfer
+from grsd_callbacks.shells import ShellGrid, shell_budget
+from grsd_callbacks.spectrum import Eigendecomposition, eigendecomposition
+from grsd_callbacks.transfer import kernel_velocity, kink_gap
 
 #: couplings below this share of lambda_max drown in the rounding of two exact kernels' difference
 COUPLING_FLOOR = 1e-7
@@ -191,7 +192,7 @@ def _measured(
     grid = grid or shells.grid()
     width = grid.width / 2
     lam, mdot, g = shells.modes()
-    flow = shell_transfer(lam, g, mdot, grid, width=width)
+    budget = shell_budget(Eigendecomposition(lam, torch.eye(len(lam)).to(lam)), g, grid, width=width)
     couplings = shells.couplings(grid, num_null)
     return Conditions(
         loss=float(r.loss),
@@ -208,9 +209,9 @@ def _measured(
         couplings=couplings,
         refined=shells.couplings(refined(grid), 0, local=False),
         errors=shells.errors(grid, op.num_outputs) if thorough else {},
-        energy=flow.energy,
-        dissipation=flow.dissipation,
-        flux=flow.flux,
+        energy=budget.energy,
+        dissipation=budget.dissipation,
+        flux=shell_flux(lam, mdot, g, grid, width),
         health={"kink_gap": _kink_gap(op, drift, moved)} if thorough else {},
     )  # fmt: skip
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from grsd_callbacks.arguments import checked
+from grsd_callbacks.renormalizability.flow import sharp_transfer
 from grsd_callbacks.shells import ShellGrid
-from grsd_callbacks.transfer import shell_transfer
 
 #: fewest degrees of freedom that a defect is reported for
 LEAST_FREEDOM = 3
@@ -231,7 +231,7 @@ def _locality(
         return math.nan, math.nan
     counts = torch.bincount(grid.assign(lam), minlength=grid.num_shells).numpy()[1:-1]
     index = np.flatnonzero(counts)
-    T = shell_transfer(lam, g, velocity, grid).transfer[1:-1, 1:-1].abs().numpy()[np.ix_(index, index)]
+    T = sharp_transfer(lam, velocity, g.to(lam), grid)[1:-1, 1:-1].abs().numpy()[np.ix_(index, index)]
     total, distance = float(T.sum()), np.abs(index[:, None] - index[None, :])
     if not total > 0:
         return math.nan, math.nan

@@ -62,7 +62,7 @@ def judge(
     Args:
         history: measurements in order of flow time, on the same shells.
         chi: loss exponent of the run, for the collapse; NaN if it has none.
-        signs: of the regime (`lazy_or_rich`); the transport ratio is taken from the history if missing.
+        signs: of the regime (`lazy_or_rich`, `regime_signs`); the transport ratio is taken from the history if missing.
         num_null: shuffles of the times behind the p-value of the collapse.
         seed: of the private generator.
 
@@ -83,8 +83,9 @@ def judge(
         num_null=num_null,
         seed=seed,
     )
-    ratios = [c.transport_ratio for c in history if math.isfinite(c.transport_ratio)]
-    known = {"transport_ratio": max(ratios, default=math.nan), **(signs or {})}
+    lost = sum(float(c.dissipation.sum()) for c in history)
+    flux = sum(float(c.flux.abs().sum()) for c in history)
+    known = {"transport_ratio": flux / lost if lost > 0 else math.nan, **(signs or {})}
     verdicts = [
         _propagation(history),
         _incoherence(history[0]),

@@ -86,8 +86,7 @@ def gradient_propagation(
         seed: of the private generators.
 
     Raises:
-        ValueError: fewer than two blocks in sequence whose inputs carry gradients, or activations without a leading
-            dimension of samples.
+        ValueError: no block whose input depends on parameters, or activations without a leading dimension of samples.
 
     Cost: one forward and backward; num_steps backward and double-backward passes through the net.
 
@@ -161,10 +160,10 @@ def _inputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Ten
 def _ordered(seen: dict[str, Tensor], names: Sequence[str], f: Tensor, n: int) -> dict[str, Tensor]:
     """h_l in the order of the blocks' calls, those that depend on parameters."""
     states = {name: h for name, h in seen.items() if h.requires_grad and name in names}
-    if len(states) < 2:
+    if not states:
         raise ValueError(
-            f"gradient propagation needs at least two blocks after the one that reads the data, found {list(states)} "
-            f"among {list(names)}; name the net's layers by blocks="
+            f"gradient propagation needs a block whose input depends on parameters, found none among {list(names)}; "
+            "name the net's layers by blocks="
         )
     for name, h in states.items():
         if h.dim() < 2 or h.shape[0] != n:
@@ -250,6 +249,8 @@ def _trend(norms: Tensor, num_null: int, seed: int) -> dict[str, float]:
     y = norms.square().sum(0).sqrt().log().numpy()
     x = np.arange(len(y)) - (len(y) - 1) / 2
     if not np.isfinite(y).all():
+        return {"slope": math.nan, "p_value": math.nan}
+    if len(y) < 2:
         return {"slope": math.nan, "p_value": math.nan}
     slope = float(x @ y / (x @ x))
     if not num_null:

@@ -107,15 +107,25 @@ def covariant(value: float, lower: float, upper: float, null: str, p_value: floa
     return Verdict(name, value, lower, upper, null, p_value, verdict, note)
 
 
-@checked
-def verdict_table(verdicts: Sequence[Verdict], regime: str = "") -> str:
-    """The verdicts as plain text, with definitions and limits beside them."""
-    rows = [("condition", "value", "95 % interval", "limit", "null", "p", "verdict")]
+#: heads of the columns of `table_rows`
+COLUMNS = ("condition", "value", "95 % interval", "limit", "null", "p", "verdict")
+
+
+def table_rows(verdicts: Sequence[Verdict]) -> list[tuple[str, ...]]:
+    """The cells of the table, one row a verdict."""
+    rows: list[tuple[str, ...]] = []
     for v in verdicts:
         interval = f"[{v.lower:.3g}, {v.upper:.3g}]" if math.isfinite(v.upper) else "none"
         limit = f"{v.limit:.3g}" if v.condition != "time-rescaling covariance" else f"0 +- {v.limit:.2g}"
         p = f"{v.p_value:.2g}" if math.isfinite(v.p_value) else "-"
         rows.append((v.condition, f"{v.value:.3g}", interval, limit, v.null, p, v.verdict))
+    return rows
+
+
+@checked
+def verdict_table(verdicts: Sequence[Verdict], regime: str = "") -> str:
+    """The verdicts as plain text, with definitions and limits beside them."""
+    rows = [COLUMNS, *table_rows(verdicts)]
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     lines = ["conditions of renormalizable shell dynamics on this run", ""]
     lines += ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
