@@ -209,8 +209,8 @@ def double_descent(ratio, num_steps, num_samples=200, noise=0.5):
     data = known.RidgelessRegression(num_samples, round(ratio * num_samples), noise, seed=1)
     model, risks = data.model(), []
     monitor = ShellMonitor(
-        model, "mse", (data.inputs, data.targets), work=False, figures=False, method="exact", max_overhead=None, per_decade=4,
-        total_steps=num_steps, on_error="raise",
+        model, "mse", (data.inputs, data.targets), work=False, figures=False, method="exact", max_overhead=None,
+        per_decade=4, total_steps=num_steps, on_error="raise",
     )  # fmt: skip
     optimizer = torch.optim.SGD(model.parameters(), lr=1 / float(data.eigenvalues[0]))
     for step in range(num_steps + 1):
