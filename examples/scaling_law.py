@@ -24,7 +24,9 @@ def train(x: Tensor, y: Tensor, lr: float, steps: int, monitor: bool = False):
     model = nn.Linear(x.shape[1], 1, bias=False, dtype=torch.float64)
     nn.init.zeros_(model.weight)
     watch = (
-        grsd.ShellMonitor(model, "mse", (x, y), max_overhead=None, total_steps=steps, work=False) if monitor else None
+        grsd.ShellMonitor(model, "mse", (x, y), max_overhead=None, total_steps=steps, work=False, method="exact")
+        if monitor
+        else None
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     due = {int(k) for k in np.geomspace(4, steps, 40)}

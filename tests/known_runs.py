@@ -12,7 +12,7 @@ def train(system, lr, num_steps, *, per_decade=12, **options):
     model, x, y = system.model(), system.inputs, system.targets
     monitor = ShellMonitor(
         model, "mse", (x, y), work=False, figures=False, max_overhead=None, per_decade=per_decade, on_error="raise",
-        total_steps=num_steps, **options,
+        total_steps=num_steps, **{"method": "exact", **options},
     )  # fmt: skip
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     criterion = torch.nn.MSELoss()

@@ -209,8 +209,8 @@ def double_descent(ratio, num_steps, num_samples=200, noise=0.5):
     data = known.RidgelessRegression(num_samples, round(ratio * num_samples), noise, seed=1)
     model, risks = data.model(), []
     monitor = ShellMonitor(
-        model, "mse", (data.inputs, data.targets), work=False, figures=False, max_overhead=None, per_decade=4,
-        total_steps=num_steps, on_error="raise",
+        model, "mse", (data.inputs, data.targets), work=False, figures=False, method="exact", max_overhead=None,
+        per_decade=4, total_steps=num_steps, on_error="raise",
     )  # fmt: skip
     optimizer = torch.optim.SGD(model.parameters(), lr=1 / float(data.eigenvalues[0]))
     for step in range(num_steps + 1):
@@ -276,7 +276,9 @@ def test_shells_show_the_noise_crossing_at_as_many_parameters_as_samples(ratios,
 def test_the_callback_writes_the_exponents_of_a_run_as_metrics(tmp_path):
     """Problem 1 with a = 2, q = 3/5 in a Trainer: the final values on disk, within 5 %."""
     system = known.PowerLawKernel(120, 2.0, 1 + 2 * 0.6)
-    ours = ShellDynamicsCallback(loss="mse", probe=(system.inputs, system.targets), max_overhead=None, per_decade=12)
+    ours = ShellDynamicsCallback(
+        loss="mse", probe=(system.inputs, system.targets), method="exact", max_overhead=None, per_decade=12
+    )
     module = cases.Module(system.model(), torch.nn.MSELoss(), partial(torch.optim.SGD, lr=0.2))
     data = DataLoader(TensorDataset(system.inputs, system.targets), batch_size=120)
     trainer = cases.fit(module, data, tmp_path, [ours], max_epochs=500, logger=CSVLogger(tmp_path))
