@@ -226,6 +226,18 @@ NOT_CALLED = {  # names without arguments of their own
 }
 IN_TESTS_OF_THEIR_OWN = {  # arguments that take a measured run or a writer to make
     "closure",
+    "combine",
+    "compression_exponents",
+    "energy_tail",
+    "finite_size_bias",
+    "fit_counts",
+    "local_slope",
+    "quantisation_exponents",
+    "resolved_modes",
+    "resource_laws",
+    "self_similar_collapse",
+    "shell_labels",
+    "unbiased_scale",
     "gradient_propagation",
     "jacobian_evolution",
     "judge",
