@@ -202,10 +202,6 @@ class ShellMonitor:
 
     def _prepare(self) -> None:
         """Run the model once on the probe: wrong use fails here, before the first step, on every rank."""
-        with explained():
-            self._prepare_together()
-
-    def _prepare_together(self) -> None:
         self._gather()
         self.team.group.together(self._observe)
         self.team.settle(self._unsharded, self.probe.inputs, **self._function_options())
