@@ -222,6 +222,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
         self._is_pair = isinstance(probe, (tuple, list, Probe))
         self._loss, self._nu = loss, nu
         self._probe, self._num_probe, self._unpack = probe, num_probe, unpack or unpack_batch
+        self._more: dict[str, Any] = {}  # what a subclass hands to its own monitor
         self._schedule: dict[str, Any] = {
             "every_n_steps": every_n_steps,
             "max_overhead": max_overhead,
@@ -467,7 +468,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
             loss, settings = observed.loss, {**settings, "outputs": observed.outputs}
             if self._group.leads and (warning := warning_of_gap(observed)):
                 warn(warning)
-        monitor = ShellMonitor(
+        monitor = self._monitor_type(
             twin or model,
             loss,
             probe,
@@ -484,6 +485,7 @@ class ShellDynamicsCallback(*_BASES):  # type: ignore[misc]
             nu=self._nu,
             prefix=_prefix(self.name),
             **self._schedule,
+            **self._more,
             **settings,
         )
         if self._resume is not None:
