@@ -203,6 +203,10 @@ class ShellMonitor:
     def _prepare(self) -> None:
         """Run the model once on the probe: wrong use fails here, before the first step, on every rank."""
         self._gather()
+        with explained():
+            self._prepare_together()
+
+    def _prepare_together(self) -> None:
         self.team.group.together(self._observe)
         self.team.settle(self._unsharded, self.probe.inputs, **self._function_options())
         method, self.report = self.team.group.share(self._prepare_here)
