@@ -102,7 +102,7 @@ class RenormalizabilityCallback(ShellDynamicsCallback):
             on_error=on_error,
             name=name,
         )
-        self._more["conditions"] = ConditionSettings(
+        self._options["conditions"] = ConditionSettings(
             blocks=None if blocks is None else tuple(blocks) if not isinstance(blocks, str) else blocks,
             shells_per_decade=shells_per_decade,
             min_modes=min_modes,

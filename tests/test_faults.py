@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 
-import grsd_callbacks.callbacks
+import grsd_callbacks.callbacks.dynamics
 import grsd_callbacks.monitor
 import grsd_callbacks.outlet
 import grsd_callbacks.run
@@ -407,13 +407,13 @@ def test_a_fault_in_the_set_up_is_tried_again(monkeypatch, num_failures):
 
 def test_a_fault_outside_the_measurements_switches_them_off(monkeypatch):
     callback = ShellDynamicsCallback(every_n_steps=1, num_probe=8)
-    fault = patch(grsd_callbacks.callbacks, "step_size", KeyError("no such group"))(monkeypatch)
+    fault = patch(grsd_callbacks.callbacks.dynamics, "step_size", KeyError("no such group"))(monkeypatch)
     found, _, messages = lightning_run([fault, callback])
     assert cases.differences(found, plain_image()) == [] and [s.step for s in callback.history] == [0, 1]
     assert len(messages) == 1
     assert "measuring is off for the rest of this run (KeyError: 'no such group'). Training goes on" in messages[0]
     with pytest.raises(KeyError):
-        fault = patch(grsd_callbacks.callbacks, "step_size", KeyError("no such group"))(monkeypatch)
+        fault = patch(grsd_callbacks.callbacks.dynamics, "step_size", KeyError("no such group"))(monkeypatch)
         lightning_run([fault, ShellDynamicsCallback(every_n_steps=1, num_probe=8, on_error="raise")])
 
 

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 
-import grsd_callbacks.callbacks
+import grsd_callbacks.callbacks.sampling
 import grsd_callbacks.functional
 from grsd_callbacks import ShellDynamicsCallback
 from grsd_callbacks.guard import DisturbedTraining, undisturbed
@@ -158,5 +158,5 @@ def test_copies_of_the_parameters_are_missed(monkeypatch):
 
 
 def test_generators_around_the_data_set_are_missed(monkeypatch):
-    monkeypatch.setattr(grsd_callbacks.callbacks, "undisturbed", partial(undisturbed, without=("rng",)))
+    monkeypatch.setattr(grsd_callbacks.callbacks.sampling, "undisturbed", partial(undisturbed, without=("rng",)))
     assert "weights" in measured("two workers")[0]

@@ -1,0 +1,378 @@
+"""The callback itself: its arguments, and its hooks one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grsd_callbacks.between import REASON, BetweenSteps
+from grsd_callbacks.callbacks import lightning_facts as facts
+from grsd_callbacks.callbacks.arguments import as_dtype, check_words
+from grsd_callbacks.callbacks.discovery import MeasuredFunction
+from grsd_callbacks.callbacks.hooks import charged, harmless
+from grsd_callbacks.callbacks.output import (
+    JSON_STEM,
+    json_lines_sink,
+    refuse_collisions,
+    sinks_of,
+    tag_prefix,
+    use_new_files,
+)
+from grsd_callbacks.callbacks.sampling import Sampling, device_of
+from grsd_callbacks.distributed import Group
+from grsd_callbacks.functional import select_parameters
+from grsd_callbacks.guard import DisturbedTraining
+from grsd_callbacks.losses import Loss
+from grsd_callbacks.measure import Settings
+from grsd_callbacks.monitor import ShellMonitor, check_num_probe, check_options, make_schedule
+from grsd_callbacks.observation import check_observe
+from grsd_callbacks.optimizer import step_size
+from grsd_callbacks.outlet import first_line, remedy, warn
+from grsd_callbacks.probe import Probe, probe_from, restored
+from grsd_callbacks.sharded import Twin, is_sharded
+from grsd_callbacks.sinks import MetricsSink, Sink
+from grsd_callbacks.snapshot import Snapshot
+from grsd_callbacks.training_step import warning_of_gap
+
+
+class ShellDynamicsCallback(*facts.BASES):  # type: ignore[misc]
+    """Spectrum of the empirical NTK in logarithmic shells, their energy, dissipation and flux, while training.
+
+    Add it to any Trainer; training stays bit-identical. Measured before the first step, then on a log-spaced
+    schedule that is thinned once so that measuring takes at most `max_overhead` of the training time, and at the end.
+    Values go to every logger of the Trainer, at the step of the user's own curves, and to `grsd.jsonl`; the latest
+    ones are in `trainer.callback_metrics`, for EarlyStopping and ModelCheckpoint (`monitor="grsd_loss/probe"`).
+
+    Args:
+        loss: "auto" (an `nn.MSELoss`/`nn.CrossEntropyLoss` that is an attribute of the module), "mse",
+            "cross_entropy", such a module, or a callable (outputs, targets) -> scalar; the model's outputs are
+            what the LightningModule's `forward` returns. Where "auto" finds no such attribute, or forward does not fit
+            the batches, the module's own `training_step` is measured; the report says which way was taken.
+        probe: "auto" (samples of the first training batch, or of the data set where the batch has not enough),
+            `(inputs, targets)`, or a DataLoader.
+        num_probe: samples on the probe; None: so many that samples x outputs is about 320 (CPU) or 2,048 (GPU).
+        every_n_steps: optimizer steps between measurements; None is the default schedule.
+        max_overhead: largest share of the training time for the default schedule; None: no limit.
+        method: "auto" (exact while samples x outputs is small), "exact", "krylov" or "randomized".
+        num_matvecs: kernel products for energies where not exact.
+        num_density_matvecs: kernel products for eigenvalue counts where not exact; 0 for none.
+        shells_per_decade: shells a decade of eigenvalues.
+        per_decade: measurements a decade of steps before thinning.
+        pair: measure before and after the step at each due point.
+        work: measure the work of the optimizer step after each measurement.
+        transfer: also the instantaneous flux and the shell-to-shell transfer matrix along that step (dearer).
+        params: name patterns of the parameters to measure; None: all trainable ones.
+        outputs: function from the model's raw output to the tensor (n, ...) that the loss takes; or "training_step":
+            run the module's own, and take as function what its loss is a function of ("training_step:NAME": what the
+            submodule NAME returns). Then a probe is a batch, as training_step takes it.
+        observe: what of the outputs is measured: None (all of them); "loss_gradient" or "root_loss" (one number a
+            sample, from its loss); "projection" (a fixed random one, to `num_projections` numbers a sample); "auto":
+            all of them, but the loss gradients where there are more than 4,096 and the loss is a mean squared error or
+            a cross-entropy. See `grsd_callbacks.observation` for what the numbers then mean.
+        num_projections: see `observe`.
+        unpack: function from a batch to (inputs, targets), where they cannot be told apart.
+        nu: scale of the kernel for general losses (`resolve_loss`).
+        dtype: "float32" or "float64" for the measurement; None: the parameters' own, at least float32.
+        memory_limit: bytes of explicit rows of J held at a time.
+        figures: draw heat maps of the run once, after its last step (needs matplotlib).
+        json_lines: "auto" (`grsd.jsonl` in the log folder), a path, or None.
+        on_error: "warn" (a failed measurement is one warning) or "raise".
+        name: tells several instances apart; tags then begin with `grsd_<name>_`.
+
+    Attributes:
+        history: list of `Snapshot`, one per measurement.
+
+    Raises:
+        ValueError, TypeError: wrong use, before the first step.
+
+    Example:
+        >>> import grsd_callbacks as grsd
+        >>> grsd.ShellDynamicsCallback(loss="mse", every_n_steps=100).history
+        []
+    """
+
+    _monitor_type: type[ShellMonitor] = ShellMonitor
+    _key = "ShellDynamicsCallback"
+    _json_stem = JSON_STEM
+    _between: BetweenSteps  # there is one where there is a monitor
+
+    def __init__(
+        self,
+        loss: Any = "auto",
+        probe: Any = "auto",
+        num_probe: int | None = None,
+        every_n_steps: int | None = None,
+        max_overhead: float | None = 0.02,
+        method: str = "auto",
+        num_matvecs: int = 64,
+        num_density_matvecs: int = 32,
+        shells_per_decade: int = 3,
+        per_decade: int = 10,
+        pair: bool = False,
+        work: bool = True,
+        transfer: bool = False,
+        params: str | list[str] | None = None,
+        outputs: str | Callable[[Any], Tensor] | None = None,
+        observe: str | None = "auto",
+        num_projections: int = 16,
+        unpack: Callable[[Any], tuple[Any, Any]] | None = None,
+        nu: float | None = None,
+        dtype: str | torch.dtype | None = None,
+        memory_limit: int | None = None,
+        figures: bool = True,
+        json_lines: str | None = "auto",
+        on_error: str = "warn",
+        name: str = "",
+    ) -> None:
+        super().__init__()
+        check_words(probe, name, json_lines)
+        check_options(on_error, {"pair": pair, "work": work, "transfer": transfer, "figures": figures}, unpack)
+        check_num_probe(num_probe)
+        check_observe(observe, num_projections)
+        make_schedule(every_n_steps, max_overhead, None, per_decade, pair)
+        self._group = Group()
+        self._function = MeasuredFunction(loss, nu, outputs, unpack, params, as_dtype(dtype))
+        self._settings: dict[str, Any] = {
+            "method": method,
+            "num_matvecs": num_matvecs,
+            "num_density_matvecs": num_density_matvecs,
+            "shells_per_decade": shells_per_decade,
+            "memory_limit": memory_limit,
+            **self._function.options,
+        }
+        Settings(**self._settings)
+        self._options: dict[str, Any] = {
+            "num_probe": num_probe,
+            "every_n_steps": every_n_steps,
+            "max_overhead": max_overhead,
+            "per_decade": per_decade,
+            "pair": pair,
+            "work": work,
+            "transfer": transfer,
+            "figures": figures,
+            "on_error": on_error,
+            "observe": observe,
+            "num_projections": num_projections,
+            "nu": nu,
+        }  # and what a subclass hands to its own monitor
+        self._is_pair = isinstance(probe, (tuple, list, Probe))
+        self._probe, self._num_probe = probe, num_probe
+        self._json_lines, self._on_error, self.name = json_lines, on_error, name
+        self._sinks: list[Sink] = []
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """The state before a fit; a resumed one loads its own after `setup`."""
+        self.monitor: ShellMonitor | None = None
+        self._resume: dict[str, Any] | None = None
+        self._global_step = 0
+        self._off = self._refused = False
+        self._failed_starts, self._next_start = 0, 0
+
+    @property
+    def history(self) -> list[Snapshot]:
+        """All snapshots of the run, in order."""
+        return self.monitor.history if self.monitor is not None else []
+
+    @property
+    def state_key(self) -> str:
+        """Key of the state in checkpoints; two instances need different names."""
+        return f"{self._key}[{self.name}]" if self.name else self._key
+
+    def summary(self) -> str:
+        """The run as a readable table."""
+        return self.monitor.summary() if self.monitor is not None else "grsd: nothing has been measured"
+
+    # -- hooks, one after the other ----------------------------------------------------------------------
+
+    def setup(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
+        """Check what can be checked before any data is seen."""
+        if stage != "fit":
+            return
+        self._begin_anew()
+        facts.refuse_sharded(trainer)
+        folder = trainer.log_dir  # a collective in distributed runs: reached by all ranks
+        self._group = Group.current()
+        if self._waits(trainer):
+            return
+        others = [c for c in trainer.callbacks if isinstance(c, ShellDynamicsCallback) and c is not self]
+        refuse_collisions(self, others)
+        self._group.together(lambda: self._check(trainer, pl_module, folder))
+        self._sinks.append(MetricsSink(lambda: trainer.callback_metrics))
+
+    @harmless
+    @charged
+    def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
+        """Measure, if due, before the step."""
+        if self._waits(trainer):
+            return
+        if self.monitor is None and trainer.global_step >= self._next_start:
+            self.monitor = self._start(trainer, pl_module, batch)
+        if self.monitor is None:
+            return
+        self._global_step = trainer.global_step
+        self._notice_writes()
+        self.monitor.set_step_size(step_size(facts.raw_optimizers(trainer)))
+        self.monitor.observe(facts.step_axis(trainer))
+
+    @harmless
+    @charged
+    def on_before_optimizer_step(self, trainer: Any, pl_module: nn.Module, optimizer: Any) -> None:
+        """Advance flow time by the learning rate in force."""
+        if self.monitor is None or not facts.has_gradient(optimizer):
+            return
+        several = facts.raw_optimizers(trainer)
+        if len(several) <= 1:
+            self.monitor.advance(step_size(optimizer))
+            return
+        self.monitor.advance(step_size(optimizer), share=facts.share_of_parameters(optimizer, several))
+        self.monitor.set_step_size(step_size(several))
+
+    @harmless
+    @charged
+    def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Complete the latest measurement by the step that followed it."""
+        if self.monitor is not None and trainer.global_step > self._global_step:
+            self.monitor.finish_update(facts.step_axis(trainer) + 1)
+            self._between.step_ended()
+
+    @harmless
+    def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Last measurement, summary, flush."""
+        if self.monitor is not None:
+            self._notice_writes()
+            self.monitor.finish(facts.step_axis(trainer))
+
+    def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
+        """Everything measured so far is on disk already; close the files."""
+        self._close()
+
+    def teardown(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
+        """Close the files this callback has opened."""
+        if stage == "fit":
+            self._close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Probe, shells, frozen basis, history and schedule, as tensors and plain types."""
+        if self.monitor is None:
+            return self._resume or {}
+        try:
+            return self.monitor.state_dict()
+        except Exception as error:
+            if self._on_error == "raise":
+                raise
+            warn(f"grsd: a checkpoint is saved without the state of the measurements ({first_line(error)}).")
+            return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue a run from its checkpoint."""
+        self._resume = state_dict or None
+
+    def _check(self, trainer: Any, pl_module: nn.Module, folder: str | None) -> None:
+        """What `setup` checks, on each rank."""
+        self._function.find(pl_module)
+        self._sinks = []
+        if self._group.leads:
+            self._sinks = sinks_of(
+                trainer, json_lines_sink(self._json_lines, folder, trainer, self.name, self._json_stem)
+            )
+        if facts.is_unfinished(trainer, pl_module):
+            return
+        select_parameters(pl_module, self._settings["params"])
+        if not isinstance(self._probe, str):
+            source = self._function.source(self._probe)
+            self._probe = probe_from(source, self._num_probe, self._function.read)
+            self._function.check_pair(pl_module, self._probe)
+
+    def _waits(self, trainer: Any) -> bool:
+        """Whether this process only waits: one of several that torch.distributed does not connect."""
+        return self._group.size == 1 and not trainer.is_global_zero
+
+    def _notice_writes(self) -> None:
+        """Weights loaded or averaged in place are a break in the run."""
+        if self._between.written() and self.monitor is not None:
+            self.monitor.new_segment(REASON)
+
+    def _close(self) -> None:
+        if self.monitor is not None:
+            self.monitor.close()
+
+    # -- set-up at the first batch -----------------------------------------------------------------------
+
+    def _start(self, trainer: Any, pl_module: nn.Module, batch: Any) -> ShellMonitor | None:
+        """The monitor; wrong use raises, anything else is one warning and tried again after 1, 2, 4, ... more steps."""
+        try:
+            monitor = self._make_monitor(trainer, pl_module, batch)
+        except Exception as error:
+            wrong_use = isinstance(error, (ValueError, TypeError, DisturbedTraining)) and not self._failed_starts
+            if wrong_use or self._on_error == "raise":
+                self._refused = True
+                raise
+            self._next_start = trainer.global_step + 2**self._failed_starts
+            self._failed_starts += 1
+            if self._failed_starts == 1 and self._group.leads:
+                warn(
+                    f"grsd: the model cannot be measured on the probe ({first_line(error)}). Training goes on "
+                    f"unchanged; it is tried again after 1, 2, 4, ... more steps. {remedy(error)}"
+                )
+            return None
+        monitor.num_failed += self._failed_starts
+        return monitor
+
+    def _make_monitor(self, trainer: Any, pl_module: nn.Module, batch: Any) -> ShellMonitor:
+        twin, model = None, pl_module
+        if is_sharded(pl_module):
+            twin = self._group.together(lambda: Twin(pl_module))
+            model = self._group.together(twin.refresh)
+        if isinstance(self._probe, str):
+            self._group.together(lambda: self._function.check_forward(model, batch))
+        self._between = BetweenSteps(pl_module)
+        probe = self._probe_for(trainer, model, batch).to(device_of(model))
+        loss, settings = self._loss_and_settings(model, probe, batch)
+        monitor = self._monitor_type(
+            twin or model,
+            loss,
+            probe,
+            total_steps=facts.total_steps(trainer),
+            writer=self._sinks,
+            prefix=tag_prefix(self.name),
+            **self._options,
+            **settings,
+        )
+        if self._resume is not None:
+            monitor.load_state_dict(self._resume)
+            self._resume = None
+        elif self._json_lines == "auto":
+            use_new_files(self._sinks)
+        facts.inform(monitor.report)
+        return monitor
+
+    def _probe_for(self, trainer: Any, model: nn.Module, batch: Any) -> Probe:
+        """The saved probe of a resumed run, or samples of the training data, or what the user gave."""
+        saved = self._resume
+        if saved is not None and not self._is_other_probe(saved):
+            return self._group.together(lambda: self._resumed_probe(saved, batch))
+        if isinstance(self._probe, str):
+            observed = self._options["observe"], self._options["num_projections"]
+            return Sampling(self._function, self._group, self._num_probe, *observed).auto_probe(trainer, model, batch)
+        return self._probe
+
+    def _is_other_probe(self, saved: dict[str, Any]) -> bool:
+        """Whether the arguments ask for another probe than the one that was saved."""
+        return self._is_pair or saved.get("arguments", {}).get("num_probe", self._num_probe) != self._num_probe
+
+    def _resumed_probe(self, saved: dict[str, Any], batch: Any) -> Probe:
+        template = Probe(*self._function.read(batch)) if isinstance(self._probe, str) else self._probe
+        return restored(template, saved["probe"])
+
+    def _loss_and_settings(self, model: nn.Module, probe: Probe, batch: Any) -> tuple[Loss, dict[str, Any]]:
+        """The known loss of forward, or loss and outputs of the training step taken apart."""
+        if self._function.loss is not None:
+            return self._function.loss, self._settings
+        observed = self._group.together(lambda: self._function.observed(model, probe, batch))
+        if self._group.leads and (warning := warning_of_gap(observed)):
+            warn(warning)
+        return observed.loss, {**self._settings, "outputs": observed.outputs}
