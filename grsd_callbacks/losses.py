@@ -82,7 +82,8 @@ class Loss:
     def scale(self, outputs: Tensor, targets: Any) -> float:
         """The scale nu: 2/m (mean squared error), one over the averaged targets (cross-entropy), 1/n else."""
         if self.nu is not None:
-            return self.nu
+            growth = getattr(self.function, "growth", None)  # of a factor that follows a schedule
+            return self.nu * growth(targets) if growth is not None and self.kind != "general" else self.nu
         if isinstance(self.function, nn.MSELoss):
             return 2.0 / outputs.numel() if self.function.reduction == "mean" else 2.0
         if isinstance(self.function, nn.CrossEntropyLoss):

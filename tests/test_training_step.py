@@ -205,6 +205,47 @@ def test_the_function_found_is_forward(kind):
     torch.testing.assert_close(by_step.state.residual.abs(), scale**0.5 * by_hand.state.residual.abs())
 
 
+class Root(Base):
+    """A root mean square: its derivative is that of c times the squared error, but itself it is not."""
+
+    def training_step(self, batch, batch_idx):
+        return F.mse_loss(self(batch[0]), F.one_hot(batch[1], 3).to(batch[0])).sqrt()
+
+
+class Focal(Base):
+    def training_step(self, batch, batch_idx):
+        value = F.cross_entropy(self(batch[0]), batch[1])
+        return (1 - (-value).exp()) ** 2 * value
+
+
+@pytest.mark.parametrize("kind", [Root, Focal])
+def test_a_curved_function_of_a_known_loss_is_no_multiple_of_it(kind):
+    module, probe, found = observed(kind)
+    loss, norm = gradient_norm(module, found.outputs.runner)
+    instant = measure(module, probe, found.loss, Settings(outputs=found.outputs))
+    assert found.loss.kind == "general"
+    assert instant.loss == pytest.approx(loss, rel=1e-12)
+    assert float(instant.budget.dissipation.sum()) == pytest.approx(norm, rel=1e-9)
+
+
+class Scheduled(Base):
+    """A factor of the loss that changes as training goes on."""
+
+    factor = 2.0
+
+    def training_step(self, batch, batch_idx):
+        return self.factor * F.mse_loss(self(batch[0]), F.one_hot(batch[1], 3).to(batch[0]))
+
+
+def test_the_scale_follows_a_factor_of_the_loss():
+    module, probe, found = observed(Scheduled)
+    module.factor = 0.5
+    instant = measure(module, probe, found.loss, Settings(outputs=found.outputs))
+    assert instant.nu == pytest.approx(2 * 0.5 / (3 * N), rel=1e-12)
+    assert instant.loss == pytest.approx(0.5 * F.mse_loss(module(X), HOT).item(), rel=1e-12)
+    assert float(instant.budget.energy.sum()) == pytest.approx(instant.loss, rel=1e-9)
+
+
 def test_ten_times_a_squared_error_by_hand_is_calibrated():
     class TenTimes(Base):
         def training_step(self, batch, batch_idx):

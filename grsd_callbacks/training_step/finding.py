@@ -158,7 +158,9 @@ def _observe_cut(
         for event, events in zip(main, cut)
     )
     step_loss = StepLoss(outputs, aliases)
-    fixed = Loss(replace(step_loss, exact=True, plain=known[3]), *known[1:3]) if known else Loss(step_loss, "general")
+    fixed = Loss(step_loss, "general")
+    if known:
+        fixed = Loss(replace(step_loss, exact=True, plain=known[3], start=known[4]), *known[1:3])
     gap = _gap(function, outputs, fixed, batch)
     if gap > GAP_TOLERANCE.get(function.dtype, 1e-6):
         fixed = replace(fixed, function=replace(fixed.function, complete=False))  # type: ignore[type-var]
@@ -213,8 +215,8 @@ def _axis(whole: Tensor, part: Tensor, n: int, half: int) -> int | None:
     return None
 
 
-def _known_loss(cut: list[list[Event]], loss: Tensor) -> tuple[Event, str, float, bool] | None:
-    """Event, kind, nu, plainness (see `StepLoss`) of the only function by which f enters the loss, if we know it."""
+def _known_loss(cut: list[list[Event]], loss: Tensor) -> tuple[Event, str, float, bool, float] | None:
+    """Event, kind, nu, plainness and c (see `StepLoss`) of the only function by which f enters the loss, if known."""
     given = [event for event in cut[0] if event.call is not None]
     if len(cut) > 1 or len(given) != 1 or given[0].place.part not in (0, "input"):
         return None
@@ -226,11 +228,11 @@ def _known_loss(cut: list[list[Event]], loss: Tensor) -> tuple[Event, str, float
     if c is None or not _enters_only(event, loss, c) or not isinstance(target, Tensor) or target.requires_grad:
         return None
     if function is F.mse_loss and target.shape == event.tensor.shape and kwargs.get("weight") is None:
-        return event, "squared", 2 * c / (event.tensor.numel() if reduction == "mean" else 1), False
+        return event, "squared", 2 * c / (event.tensor.numel() if reduction == "mean" else 1), False, c
     if function is F.cross_entropy and event.tensor.dim() > 1:
         plain = kwargs.get("weight") is None and not kwargs.get("label_smoothing")
         nu = c * _averaged(event.tensor, target, kwargs, reduction)
-        return event, "cross_entropy", nu, plain
+        return event, "cross_entropy", nu, plain, c
     return None
 
 

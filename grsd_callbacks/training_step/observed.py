@@ -93,6 +93,7 @@ class StepLoss:
         exact: whether it is such a loss.
         complete: whether nothing bypasses f, so that the step's own loss can be the reference for |grad L|^2.
         plain: a cross-entropy without weights and smoothing.
+        start: c at the start.
     """
 
     outputs: StepOutputs
@@ -100,6 +101,7 @@ class StepLoss:
     exact: bool = False
     complete: bool = True
     plain: bool = False
+    start: float = 1.0
     takes_targets_as_they_are = True
 
     def __call__(self, f: Tensor, batch: Any) -> Tensor:
@@ -116,13 +118,23 @@ class StepLoss:
         """The loss of the step itself, whatever way the parameters enter it; None where that is more than L(f)."""
         return self.outputs.runner if self.complete else None
 
-    def _known(self, f: Tensor, batch: Any) -> Tensor:
+    def growth(self, batch: Any) -> float:
+        """c now over c at the start: a factor of the loss may follow a schedule, and the scale nu goes with it."""
+        return self._call(batch)[1] / self.start if self.exact else 1.0
+
+    def _call(self, batch: Any) -> tuple[Event, float]:
+        """The call of the loss function, and c."""
         with torch.enable_grad(), Tape(self.outputs.runner.model, self.outputs.places) as tape:
             loss = self.outputs.runner(batch)
         event = tape.at(self.outputs.places[0])
         c = slope(loss, event.value)
         if c is None or event.call is None:
             raise RuntimeError("training_step's loss no longer depends on the loss function found at the start")
+        return event, c
+
+    def _known(self, f: Tensor, batch: Any) -> Tensor:
+        event, c = self._call(batch)
+        assert event.call is not None
         function, args, kwargs = event.call
         like = event.tensor
         given = _shaped(f, like, self.outputs.axes[0])

@@ -196,8 +196,23 @@ def frontier(
 
 
 def slope(loss: Tensor, value: Any) -> float | None:
-    """c = d loss / d value for a scalar value of the same graph, None where there is none."""
+    """c = d loss / d value for a scalar value of the same graph; None where there is none, or where c depends on the
+    value, as for the root of a squared error.
+    """
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
         return None
-    (found,) = torch.autograd.grad(loss, value, torch.ones_like(loss), retain_graph=True, allow_unused=True)
-    return float(found) if found is not None and float(found) > 0 else None
+    (found,) = torch.autograd.grad(loss, value, torch.ones_like(loss), create_graph=True, allow_unused=True)
+    if found is None or not float(found.detach()) > 0 or _bends(found, value):
+        return None
+    return float(found.detach())
+
+
+def _bends(found: Tensor, value: Tensor) -> bool:
+    """Whether the derivative by a value depends on it."""
+    if not found.requires_grad:
+        return False
+    try:
+        (bend,) = torch.autograd.grad(found, value, torch.ones_like(found), retain_graph=True, allow_unused=True)
+    except RuntimeError:  # no second derivative: it cannot be excluded
+        return True
+    return bend is not None and float((bend * value).detach().abs()) > 1e-6 * float(found.detach())
