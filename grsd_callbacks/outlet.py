@@ -41,7 +41,7 @@ def remedy(error: BaseException) -> str:
     text = str(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in text or "can't allocate" in text:
         return "Take a smaller num_probe or memory_limit, or method='krylov'."
-    if type(error).__name__ == "LinAlgError":  # of torch or of numpy
+    if type(error).__name__.endswith("LinAlgError"):  # of torch or of numpy
         return "If it persists, try dtype='float64' or method='krylov'."
     if "NaN or Inf" in text:
         return "Look at the training run: a lower learning rate or gradient clipping may keep it finite."

@@ -103,7 +103,7 @@ class RenormalizabilityCallback(ShellDynamicsCallback):
             name=name,
         )
         self._options["conditions"] = ConditionSettings(
-            blocks=None if blocks is None else tuple(blocks) if not isinstance(blocks, str) else blocks,
+            blocks=blocks,  # type: ignore[arg-type]  # a list becomes a tuple
             shells_per_decade=shells_per_decade,
             min_modes=min_modes,
             drop_top=drop_top,

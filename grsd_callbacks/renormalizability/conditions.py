@@ -66,10 +66,11 @@ class ConditionSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.blocks, str):
-            raise ValueError(f"blocks must be a list of module names or None, got {self.blocks!r}")
-        if self.blocks is not None:
-            object.__setattr__(self, "blocks", tuple(self.blocks))
+        blocks = self.blocks
+        if blocks is not None:
+            if not isinstance(blocks, (list, tuple)) or not all(isinstance(name, str) for name in blocks):
+                raise ValueError(f"blocks must be a list of module names or None, got {blocks!r}")
+            object.__setattr__(self, "blocks", tuple(blocks))
         least = {"shells_per_decade": 1, "min_modes": 1, "drop_top": 0, "num_steps": 1, "num_vectors": 2}
         for name, low in {**least, "num_resamples": 0, "num_null": 0, "num_directions": 0}.items():
             value = getattr(self, name)
