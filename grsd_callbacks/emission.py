@@ -112,6 +112,7 @@ class Emission:
     Args:
         step: Position on the axis of the user's own curves.
         scalars: Value by tag. NaN and infinities are allowed: curves then have a gap, JSON lines keep them.
+        kept: Values that JSON lines and metrics keep beside the scalars, and that nothing draws as a curve.
         histograms: Histogram by tag.
         texts: Markdown by tag.
         figures: By tag, a function without arguments that draws and returns a new matplotlib figure; called only by
@@ -130,6 +131,7 @@ class Emission:
 
     step: int
     scalars: dict[str, float] = field(default_factory=dict)
+    kept: dict[str, float] = field(default_factory=dict)
     histograms: dict[str, Histogram] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     figures: dict[str, Callable[[], Figure]] = field(default_factory=dict)

@@ -97,6 +97,8 @@ class ShellMonitor:
         [0, 5, 10]
     """
 
+    _title = "shell dynamics of the empirical NTK"
+
     def __init__(
         self,
         model: nn.Module | Twin,
@@ -234,7 +236,7 @@ class ShellMonitor:
         self.loss = op.run(lambda: calibrate(self.loss, outputs, self.probe.targets))
         checks = [check] if (check := check_derivative(op)) else []
         for check in checks:
-            self.outlet.warn_once("derivative", f"grsd: {check}.")
+            self.outlet.warn_once("derivative", f"grsd: check of the model: {check}.")
         products = self.settings.num_matvecs + self.settings.num_density_matvecs
         choice = choose_by_cost(op, products, self.settings.memory_limit)
         if self.settings.method == "auto":
@@ -246,7 +248,9 @@ class ShellMonitor:
                 op.choose_forward(timed=False)
         schedule = self.schedule.describe()
         ranks = self.team.describe() + ("; parameters gathered into an unsharded twin" if self._twin else "")
-        return self.settings.method, start_report(op, self.loss, self.settings, schedule, choice, ranks, checks)
+        return self.settings.method, start_report(
+            op, self.loss, self.settings, schedule, choice, ranks, checks, self._title
+        )
 
     @property
     def history(self) -> list[Snapshot]:

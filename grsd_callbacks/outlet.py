@@ -102,8 +102,8 @@ class Outlet:
 
         def write() -> None:
             table = tags.preformatted(summary_table(history, fits))
-            scalars, records = tags.final_scalars(history, fits), {name: asdict(fit) for name, fit in fits.items()}
-            self._write(Emission(history[-1].step, scalars, texts={tags.SUMMARY: table}, fits=records))
+            final, records = tags.final_scalars(history, fits), {name: asdict(fit) for name, fit in fits.items()}
+            self._write(Emission(history[-1].step, kept=final, texts={tags.SUMMARY: table}, fits=records))
             self.sinks.flush()
 
         return self._attempt(write)

@@ -69,6 +69,8 @@ class RenormalizabilityMonitor(ShellMonitor):
         ([0, 5, 10], 6)
     """
 
+    _title = "conditions of renormalizable shell dynamics"
+
     def __init__(
         self,
         model: nn.Module,

@@ -30,6 +30,10 @@ EXPONENT_NAMES = {
     "b": "velocity  v ~ lambda^b t^p",
     "p": "velocity  v ~ lambda^b t^p",
 }
+#: fewer measurements than this say little about time
+FEW = 6
+#: half-width of an interval that no longer tells exponents apart
+WIDE = 0.5
 #: shown even where they were refused
 ALWAYS = ("a", "q", "chi", "rho", "rho_contour")
 CLOSURE_NAMES = {
@@ -49,6 +53,7 @@ def start_report(
     choice: MethodChoice | None = None,
     ranks: str = "",
     checks: Sequence[str] = (),
+    title: str = "shell dynamics of the empirical NTK",
 ) -> str:
     """What is measured on what, by which way (and why that one), at what cost, when, and by whom.
 
@@ -60,6 +65,7 @@ def start_report(
         choice: expected cost of the methods; None where it is not known.
         ranks: who measures, in words, where there are several.
         checks: what the checks of the model have found.
+        title: what is measured.
     """
     method = choose_method(settings.method, op)
     reason = f" ({choice.reason})" if choice is not None and choice.reason else ""
@@ -79,7 +85,7 @@ def start_report(
     }
     return "\n".join(
         [
-            "grsd: shell dynamics of the empirical NTK",
+            f"grsd: {title}",
             *(line for t, part in lines.items() for line in _indented(t, part)),
         ]
     )
@@ -116,7 +122,7 @@ def _kernel_lines(method: str, choice: MethodChoice | None) -> list[str]:
     lines = [counted(choice.paths)] if method == "exact" and choice.paths else []
     if math.isfinite(seconds):
         memory = f" and {choice.peak_bytes / 1e6:.3g} MB" if method == "exact" else ""
-        lines.append(f"about {seconds:.2g} s{memory} a measurement")
+        lines.append(f"arithmetic of about {seconds:.2g} s{memory} a measurement")
     return lines
 
 
@@ -153,7 +159,7 @@ def summary_table(history: Sequence[Snapshot], fits: Mapping[str, PowerLawFit]) 
         "",
         *_closure_lines(history, fits),
         "",
-        _cost_line(history),
+        *_cost_lines(history),
     ]
     failed = last.health.get("failed", 0.0)
     if failed:
@@ -161,12 +167,22 @@ def summary_table(history: Sequence[Snapshot], fits: Mapping[str, PowerLawFit]) 
     return "\n".join(lines)
 
 
-def _cost_line(history: Sequence[Snapshot]) -> str:
+def _cost_lines(history: Sequence[Snapshot]) -> list[str]:
     share = history[-1].cost.get("overhead_percent", math.nan)
-    if math.isfinite(share):
-        return f"cost: {len(history)} measurements, {share:.2g} % of the training time"
-    seconds = sum(s.cost.get("seconds", 0.0) for s in history)  # no training was seen: one measurement, or checkpoints
-    return f"cost: {len(history)} measurements, {seconds:.2g} s"
+    if not math.isfinite(share):  # no training was seen: one measurement, or checkpoints
+        seconds = sum(s.cost.get("seconds", 0.0) for s in history)
+        return [f"cost: {_measurements(len(history))}, {seconds:.2g} s"]
+    lines = [f"cost: {_measurements(len(history))}, {share:.2g} % of the training time"]
+    if len(history) < FEW:
+        lines += [
+            "  a short run: set-up and the first two measurements, which every run makes, weigh most in this share;",
+            "  for more points (laws in time, figures) give max_overhead=None or every_n_steps=",
+        ]
+    return lines
+
+
+def _measurements(number: int) -> str:
+    return f"{number} measurement{'s' if number != 1 else ''}"
 
 
 def _shell_lines(first: Snapshot, last: Snapshot) -> list[str]:
@@ -216,7 +232,7 @@ def _exponent_lines(fits: Mapping[str, PowerLawFit]) -> list[str]:
 def _closure_lines(history: Sequence[Snapshot], fits: Mapping[str, PowerLawFit]) -> list[str]:
     def worst(name: str) -> str:
         values = [abs(s.closures[name]) for s in history if math.isfinite(s.closures.get(name, math.nan))]
-        return f"{max(values):.1e}" if values else "-"
+        return f"{max(values):.1e}" if values else "(not for this loss)" if name == "energy" else "-"
 
     lines = [
         "closures, largest over the run",
@@ -225,7 +241,8 @@ def _closure_lines(history: Sequence[Snapshot], fits: Mapping[str, PowerLawFit])
     ]
     for name, found in exponent_closures(fits).items():
         if math.isfinite(found.lower):
-            holds = "holds" if found.holds else "broken"
+            wide = (found.upper - found.lower) / 2 > WIDE
+            holds = "broken" if not found.holds else "holds" if not wide else "undecided: wide interval"
             value = f"{found.value:.3f} [{found.lower:.3f}, {found.upper:.3f}]"
             lines.append(f"  {CLOSURE_NAMES[name]:>15} = {value:26} {holds}")
         elif name == "chi_minus_rho_q":

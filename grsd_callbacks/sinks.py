@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -233,8 +234,9 @@ class MetricsSink:
         self.metrics = metrics
 
     def write(self, emission: Emission) -> None:
-        """Store the scalars as tensors."""
-        scalars = {tag: value for tag, value in _finite_scalars(emission).items() if "shell_energy/" not in tag}
+        """Store the scalars as tensors, and with them what is kept but not drawn."""
+        everything = replace(emission, scalars={**emission.scalars, **emission.kept})
+        scalars = {tag: value for tag, value in _finite_scalars(everything).items() if "shell_energy/" not in tag}
         self.metrics().update({tag: torch.tensor(value, dtype=torch.float64) for tag, value in scalars.items()})
 
     def flush(self) -> None:
@@ -276,8 +278,8 @@ class JSONLinesSink:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             cut_torn_line(self.path)
         self._ends_in_newline = False
-        names = ("scalars", "texts", "record", "fits")
-        parts = {name: getattr(emission, name) for name in names}
+        parts: dict[str, Any] = {name: getattr(emission, name) for name in ("scalars", "texts", "record", "fits")}
+        parts["scalars"] = {**emission.scalars, **emission.kept}
         append_json_line(self.path, emission.step, **{name: part for name, part in parts.items() if part})
         self._ends_in_newline = True
 

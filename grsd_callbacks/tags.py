@@ -63,8 +63,8 @@ _EXPONENTS = {
     "b": "spectral velocity |v| ~ lambda^b t^p of the energy through shell edges: exponent of lambda",
     "p": "spectral velocity |v| ~ lambda^b t^p of the energy through shell edges: exponent of flow time",
 }
-#: what the custom scalars open with
-MAIN_EXPONENTS = ("a", "q", "chi", "rho")
+#: exponents whose course is drawn; the others are in the JSON lines, the metrics and the summary
+MAIN_EXPONENTS = ("a", "q", "chi", "rho", "rho_contour")
 _CLOSURES = {
     "chi_minus_rho_q": "chi - rho q, q of the first measurement (chi_tail, rho_contour where known): 0 in a power law",
     "count_slope": "n - 1/a: 0 where the spectrum is a power law",
@@ -245,6 +245,29 @@ TAGS: dict[str, Tag] = {
     "grsd_health/seconds": Tag("s", "wall-clock time of this measurement", _from("cost", "seconds")),
 }
 
+_OTHERS = [name for name in _EXPONENTS if name not in MAIN_EXPONENTS]
+#: kept in JSON lines and metrics, not drawn: a run shows about 60 curves, those that people read
+KEPT = frozenset(
+    {
+        *(f"grsd_exponents/{name}" for name in _OTHERS),
+        *(f"grsd_bands/{name}_{end}" for name in _OTHERS for end in ("lower", "upper")),
+        *_closure_tags(),
+        "grsd_time/lr",
+        "grsd_spectrum/trace",
+        "grsd_spectrum/trace_error",
+        "grsd_position/to_mean",
+        "grsd_position/rank",
+        "grsd_position/reach_rank",
+        "grsd_position/resolved_modes",
+        "grsd_health/unstable",
+        "grsd_health/estimated_position",
+        "grsd_health/frozen_coverage",
+        "grsd_health/gradient_free_parameters",
+        "grsd_health/seconds",
+    }
+)
+NOT_DRAWN = "(kept in JSON lines and callback_metrics, not drawn)"
+
 #: known only after the optimizer step that follows a measurement
 TRANSFER_TAGS = (
     "grsd_transfer/rotation_share",
@@ -280,7 +303,7 @@ TEMPLATES = {
         "forgetting modes below lambda_c ~ lambda_c^pi_c; closure_<closure> (compression: chi / pi_c - rho); "
         "collapse and collapse_frozen, score of E t^chi over lambda t and lambda_0 t^rho (1: one curve; not above its "
         "_null: accident); "
-        "with `_lower` and `_upper`, the ends of the 95 % interval",
+        f"with `_lower` and `_upper`, the ends of the 95 % interval {NOT_DRAWN}",
     ),
 }
 
@@ -476,9 +499,11 @@ def histograms(snapshot: Snapshot) -> dict[str, Histogram]:
 
 def emission(snapshot: Snapshot) -> Emission:
     """All that a measurement emits."""
+    values = scalars(snapshot)
     return Emission(
         step=snapshot.step,
-        scalars=scalars(snapshot),
+        scalars={tag: value for tag, value in values.items() if tag not in KEPT},
+        kept={tag: value for tag, value in values.items() if tag in KEPT},
         histograms=histograms(snapshot),
         record=snapshot.to_dict(),
     )
@@ -486,7 +511,7 @@ def emission(snapshot: Snapshot) -> Emission:
 
 def meanings() -> list[tuple[str, str, str]]:
     """Every tag with unit and meaning."""
-    rows = [(tag, spec.unit, spec.meaning) for tag, spec in TAGS.items()]
+    rows = [(tag, spec.unit, spec.meaning + (f" {NOT_DRAWN}" if tag in KEPT else "")) for tag, spec in TAGS.items()]
     rows += [(tag, unit, meaning) for tag, (unit, meaning) in {**TEMPLATES, **HISTOGRAMS, **FIGURES}.items()]
     return rows + _condition_rows()
 
@@ -538,7 +563,6 @@ def layout(prefix: str = "grsd_") -> dict[str, Any]:
             "lr x lambda_max (above 2: no gradient flow)": lines("grsd_health/lr_lambda_max"),
             "time spent on measuring (%)": lines("grsd_health/overhead_percent"),
         },
-        f"{first} 5: other exponents": bands(name for name in _EXPONENTS if name not in MAIN_EXPONENTS),
     }
 
 
@@ -558,6 +582,7 @@ def renamed(emission: Emission, prefix: str) -> Emission:
     return replace(
         emission,
         scalars=names(emission.scalars),
+        kept=names(emission.kept),
         histograms=names(emission.histograms),
         texts=names(emission.texts),
         figures=names(emission.figures),

@@ -330,3 +330,40 @@ def test_wrong_words_exit_with_two(capsys):
         with pytest.raises(SystemExit) as caught:
             command(*words)
         assert caught.value.code == 2
+
+
+# -- beside a RenormalizabilityCallback ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """A run of both monitors, and their summaries."""
+    folder = tmp_path_factory.mktemp("both")
+    x, y = cases.digits(8)
+    x, y, net = x, cases.one_hot(y), cases.mlp(8)
+    shells = grsd.ShellMonitor(net, "mse", (x, y), every_n_steps=10, writer=folder / "grsd.jsonl")
+    writer = folder / "grsd_renorm.jsonl"
+    conditions = grsd.RenormalizabilityMonitor(net, "mse", (x, y), every_n_steps=10, writer=writer)
+    for monitor in (shells, conditions):
+        monitor.step(0, lr=0.1)
+        monitor.finish()
+    return folder, shells.summary(), conditions.summary()
+
+
+def test_report_shows_shells_and_conditions_of_a_run(both, tmp_path, capsys):
+    folder, shells, conditions = both
+    assert command("report", folder) == 0
+    assert capsys.readouterr().out == f"{shells}\n\n{conditions}\n"
+    assert command("report", folder / "grsd_renorm.jsonl") == 0
+    assert capsys.readouterr().out == conditions + "\n"
+    os.link(folder / "grsd_renorm.jsonl", tmp_path / "alone.jsonl")
+    assert command("report", tmp_path) == 0
+    assert capsys.readouterr().out == conditions + "\n"
+
+
+def test_compare_takes_the_shells_and_refuses_conditions_alone(both, run, capsys):
+    folder, *_ = both
+    assert command("compare", folder, run[0]) == 0
+    capsys.readouterr()
+    assert command("compare", folder / "grsd_renorm.jsonl", run[0]) == 2
+    assert "conditions of a run only" in capsys.readouterr().err

@@ -24,37 +24,24 @@ GOLDEN = {
     "grsd_bands/a_upper": ALL,
     "grsd_bands/q_lower": ALL,
     "grsd_bands/q_upper": ALL,
-    "grsd_bands/count_lower": [4],
-    "grsd_bands/count_upper": [4],
     "grsd_closure/budget": LATER,
     "grsd_closure/dissipation": ALL,
     "grsd_closure/energy": ALL,
     "grsd_closure/probe": STEPS,
     "grsd_closure/transport": LATER,
     "grsd_exponents/a": ALL,
-    "grsd_exponents/count": [4],
     "grsd_exponents/q": ALL,
-    **{f"grsd_final/{name}{end}": [4] for name in ("a", "a_start", "count", "q") for end in ("", "_lower", "_upper")},
     "grsd_health/coverage": LATER,
-    "grsd_health/estimated_position": ALL,
     "grsd_health/estimated_regime": ALL,
     "grsd_health/failed": ALL,
-    "grsd_health/frozen_coverage": ALL,
-    "grsd_health/gradient_free_parameters": ALL,
     "grsd_health/lr_lambda_max": ALL,
     "grsd_health/nominal_flow_time": ALL,
     "grsd_health/overhead_percent": LATER,
-    "grsd_health/seconds": ALL,
     "grsd_health/unresolved_energy": ALL,
-    "grsd_health/unstable": ALL,
     "grsd_loss/grad_norm_sq": ALL,
     "grsd_loss/probe": ALL,
-    "grsd_position/rank": ALL,
     "grsd_position/reach": ALL,
-    "grsd_position/reach_rank": ALL,
     "grsd_position/relative": ALL,
-    "grsd_position/resolved_modes": LATER,
-    "grsd_position/to_mean": ALL,
     "grsd_regime/cka_distance": ALL,
     "grsd_regime/frozen_kernel_share": LATER,
     "grsd_regime/kernel_drift": ALL,
@@ -65,12 +52,28 @@ GOLDEN = {
     "grsd_spectrum/effective_rank": ALL,
     "grsd_spectrum/lambda_max": ALL,
     "grsd_spectrum/mean_eigenvalue": ALL,
-    "grsd_spectrum/trace": ALL,
-    "grsd_spectrum/trace_error": ALL,
     "grsd_time/flow_time": ALL,
-    "grsd_time/lr": ALL,
     "grsd_work/effective_lr": STEPS,
     "grsd_work/total": STEPS,
+}
+# kept in JSON lines and callback_metrics, not drawn
+KEPT = {
+    "grsd_bands/count_lower": [4],
+    "grsd_bands/count_upper": [4],
+    "grsd_exponents/count": [4],
+    **{f"grsd_final/{name}{end}": [4] for name in ("a", "a_start", "count", "q") for end in ("", "_lower", "_upper")},
+    "grsd_health/estimated_position": ALL,
+    "grsd_health/frozen_coverage": ALL,
+    "grsd_health/gradient_free_parameters": ALL,
+    "grsd_health/seconds": ALL,
+    "grsd_health/unstable": ALL,
+    "grsd_position/rank": ALL,
+    "grsd_position/reach_rank": ALL,
+    "grsd_position/resolved_modes": LATER,
+    "grsd_position/to_mean": ALL,
+    "grsd_spectrum/trace": ALL,
+    "grsd_spectrum/trace_error": ALL,
+    "grsd_time/lr": ALL,
 }
 TEXTS = {"grsd_run/tags": [0], "grsd_run/report": [0], "grsd_run/summary": [4]}
 DRAWN = ("dissipation", "effective_lr", "energy", "flux", "loss", "spectrum", "verdict")
@@ -132,6 +135,21 @@ def test_golden_list_of_tags_and_steps(run):
     assert counts == {tag: len(steps) for tag, steps in GOLDEN.items()}  # nothing is written twice
 
 
+def test_golden_list_of_what_is_kept_but_not_drawn(run):
+    """A run draws about 60 curves at most; the rest is in the JSON lines and in the metrics."""
+    trainer, ours, *_ = run
+    lines = read_json_lines(f"{trainer.log_dir}/grsd.jsonl")
+    found = {}
+    for line in lines:
+        for tag in line.get("scalars", {}):
+            found.setdefault(tag, set()).add(line["step"])
+    assert {tag: sorted(steps) for tag, steps in found.items()} == {**GOLDEN, **KEPT}
+    assert KEPT.keys() <= trainer.callback_metrics.keys()
+    assert not any(tag in tags.KEPT for tag in GOLDEN) and len(GOLDEN) <= 60
+    most = [tag for tag in tags.TAGS if tag not in tags.KEPT and tag not in tags.TRANSFER_TAGS]
+    assert len(most) <= 42, "of the longest run, shells and grsd_work aside"
+
+
 def test_golden_list_of_texts_histograms_and_figures(run):
     read = run[3]
     tensors = {tag.removesuffix("/text_summary"): [e.step for e in read.Tensors(tag)] for tag in read.Tags()["tensors"]}
@@ -142,7 +160,7 @@ def test_golden_list_of_texts_histograms_and_figures(run):
 
 def test_every_tag_is_explained(run):
     card = tags.meaning_card()
-    for tag in [*GOLDEN, *HISTOGRAMS, *FIGURES]:
+    for tag in [*GOLDEN, *KEPT, *HISTOGRAMS, *FIGURES]:
         general = re.sub("^grsd_final/.*", "grsd_final/<exponent>", re.sub("/s[0-9]+$", "/<shell>", tag))
         assert f"`{general}`" in card
     text = run[3].Tensors("grsd_run/tags/text_summary")[0].tensor_proto.string_val[0].decode()
@@ -152,7 +170,7 @@ def test_every_tag_is_explained(run):
 @pytest.mark.parametrize("step", ALL)
 def test_values_are_those_of_the_weights_at_that_step(run, step):
     """Everything on disk against an independent jacrev; curves are float32 there."""
-    _, ours, weights, read = run
+    trainer, ours, weights, read = run
     loss, grad_norm_sq, eigenvalues, g2 = oracle(weights.at[step])
     edges = ours.history[0].edges.numpy()
     shell = np.searchsorted(edges, eigenvalues, side="right")
@@ -160,7 +178,6 @@ def test_values_are_those_of_the_weights_at_that_step(run, step):
         "grsd_loss/probe": loss,
         "grsd_loss/grad_norm_sq": grad_norm_sq,
         "grsd_spectrum/lambda_max": eigenvalues[-1],
-        "grsd_spectrum/trace": eigenvalues.sum(),
         "grsd_spectrum/effective_rank": eigenvalues.sum() ** 2 / (eigenvalues**2).sum(),
         "grsd_spectrum/mean_eigenvalue": (eigenvalues**2 @ g2) / (eigenvalues @ g2),
         "grsd_health/lr_lambda_max": LR * eigenvalues[-1],
@@ -168,6 +185,8 @@ def test_values_are_those_of_the_weights_at_that_step(run, step):
         **{f"grsd_shell_energy/s{a:02d}": 0.5 * g2[shell == a + 1].sum() for a in range(3, 16) if (a, step) != (13, 4)},
     }
     assert {tag: curve(read, tag)[step] for tag in expected} == pytest.approx(expected, rel=1e-6)
+    kept = next(line for line in read_json_lines(f"{trainer.log_dir}/grsd.jsonl") if line["step"] == step)
+    assert kept["scalars"]["grsd_spectrum/trace"] == pytest.approx(eigenvalues.sum(), rel=1e-10)
 
 
 def test_json_lines_hold_every_digit(run):

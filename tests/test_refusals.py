@@ -145,7 +145,7 @@ def test_the_warning_and_the_report(tmp_path, caplog):
     callback = ShellDynamicsCallback(num_probe=8, every_n_steps=4)
     cases.seed()
     module = cases.Module(Net(straight_through), nn.CrossEntropyLoss())
-    with pytest.warns(MeasurementWarning, match="grsd: autograd's derivative is not that of the forward"):
+    with pytest.warns(MeasurementWarning, match="check of the model: autograd.s derivative is not that"):
         cases.fit(module, cases.classes(), tmp_path, [callback], logger=CSVLogger(tmp_path))
     assert "checks      autograd's derivative is not that of the forward" in callback.monitor.report
     assert len(callback.history) == 3

@@ -88,7 +88,8 @@ def measure_checkpoints(
     except OSError as error:
         raise UsageError(f"{out} cannot be written: {error.strerror or error}") from None
     print(summary_table(run.history, run.final_exponents()))
-    print(f"\n{len(run.history)} checkpoints; look at them:  grsd report {out} --html report.html")
+    number = len(run.history)
+    print(f"\n{number} checkpoint{'s' if number != 1 else ''}; look at them:  grsd report {out} --html report.html")
 
 
 # -- reading checkpoints ---------------------------------------------------------------------------------
@@ -119,9 +120,10 @@ def _files(paths: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
+            inside = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in SUFFIXES)
             if not inside:
-                raise UsageError(f"{path} holds no checkpoint ({', '.join('*' + s for s in SUFFIXES)})")
+                names = ", ".join("*" + s for s in SUFFIXES)
+                raise UsageError(f"{path} holds no checkpoint ({names}), nor does a folder below it")
             files += inside
         elif path.is_file():
             files.append(path)

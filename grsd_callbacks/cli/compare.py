@@ -104,7 +104,7 @@ def compare(paths: Sequence[Path]) -> None:
         "p: probability of such a difference by chance, corrected for the number of comparisons (Holm). The intervals "
         "speak for\nthe points of each run's window, not for other seeds: repeat runs before you believe a difference."
     )
-    print(*_cautions(runs), sep="\n", end="")
+    print(*_cautions(runs), sep="", end="")
 
 
 def check_grids(runs: Sequence[RunLog]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grsd_callbacks.cli.runlog import EXPONENTS, RunLog, UsageError, find_runs, summary_card
+from grsd_callbacks.cli.runlog import EXPONENTS, RunLog, UsageError, find_runs, summary_card, verdict_card
 from grsd_callbacks.cli.tables import plain_table
 from grsd_callbacks.figures import FIGURES, overview, run_figures
 from grsd_callbacks.report import EXPONENT_NAMES, summary_table
@@ -48,8 +48,12 @@ def report(path: Path, page: Path | None = None) -> None:
 def run_text(run: RunLog) -> str:
     """The callback's summary of a run: made again from its measurements, or the card, or what the curves tell."""
     if run.history:
-        return summary_table(run.history, run.fits())
-    return summary_card(run) or curves_text(run)
+        shells = summary_table(run.history, run.fits())
+    elif run.curves:
+        shells = summary_card(run) or curves_text(run)
+    else:
+        shells = ""
+    return "\n\n".join(text for text in (shells, verdict_card(run)) if text)
 
 
 def curves_text(run: RunLog) -> str:

@@ -13,7 +13,7 @@ from grsd_callbacks.exponents import Estimate, PowerLawFit
 from grsd_callbacks.json_lines import FIRST_BYTES, read_json_lines
 from grsd_callbacks.report import EXPONENT_NAMES
 from grsd_callbacks.snapshot import Snapshot
-from grsd_callbacks.tags import SUMMARY
+from grsd_callbacks.tags import SUMMARY, VERDICTS
 
 EVENTS = "tfevents"
 EXPONENTS = tuple(EXPONENT_NAMES)
@@ -79,9 +79,14 @@ def find_runs(path: Path) -> list[RunLog]:
     if path.is_file():
         if EVENTS in path.name:
             return _from_events(path) or _nothing(path)
-        return [read_json(path)]
+        text = verdict_of(path)
+        return [read_json(path) if text is None else _of_conditions(path, text)]
     files = sorted(p for p in path.rglob("*.jsonl") if _is_ours(p))
-    runs = [read_json(p) for p in files]
+    conditions = {p: text for p in files if (text := verdict_of(p)) is not None}
+    runs = [read_json(p) for p in files if p not in conditions]
+    runs = [replace(run, texts=_verdicts_beside(run.path, conditions)) for run in runs]
+    measured = {run.path.parent for run in runs}
+    runs += [_of_conditions(p, text) for p, text in conditions.items() if p.parent not in measured]
     folders = sorted({p.parent for p in path.rglob(f"*{EVENTS}*") if p.is_file()} - {p.parent for p in files})
     for folder in folders:
         runs += _from_events(folder)
@@ -98,7 +103,30 @@ def find_run(path: Path) -> RunLog:
     if len(runs) > 1:
         listed = "\n".join(f"  {run.path}" for run in runs)
         raise UsageError(f"{path} holds {len(runs)} runs; name one of them:\n{listed}")
+    if not runs[0].history and not runs[0].curves:
+        raise UsageError(f"{path} holds the conditions of a run only (`grsd report` shows them): no shells")
     return runs[0]
+
+
+def verdict_of(path: Path) -> str | None:
+    """The verdicts in a file of `RenormalizabilityCallback`, or that there are none yet; None for any other file."""
+    try:
+        lines = read_json_lines(path)
+    except (ValueError, OSError):
+        return None  # `read_json` says what is wrong
+    if not any("propagation" in line.get("record", {}) for line in lines):
+        return None
+    cards = [text for line in lines for tag, text in line.get("texts", {}).items() if tag.endswith("_renorm/verdicts")]
+    return _plain(cards[-1]) if cards else "grsd: conditions were measured, and no verdict before the end of the run"
+
+
+def _of_conditions(path: Path, text: str) -> RunLog:
+    return RunLog(path.parent.name or path.stem, path, texts={VERDICTS: text})
+
+
+def _verdicts_beside(path: Path, conditions: dict[Path, str]) -> dict[str, str]:
+    texts = [text for p, text in conditions.items() if p.parent == path.parent]
+    return {VERDICTS: "\n\n".join(texts)} if texts else {}
 
 
 def read_json(path: Path) -> RunLog:
@@ -204,4 +232,13 @@ def _nothing(path: Path) -> list[RunLog]:
 def summary_card(run: RunLog) -> str | None:
     """The callback's own summary, from the text card of a finished run."""
     card = run.texts.get(SUMMARY)
-    return None if card is None else card.removeprefix("```\n").removesuffix("\n```")
+    return None if card is None else _plain(card)
+
+
+def verdict_card(run: RunLog) -> str:
+    """The verdicts of the `RenormalizabilityCallback` beside a run; empty where there was none."""
+    return _plain(run.texts.get(VERDICTS, ""))
+
+
+def _plain(card: str) -> str:
+    return card.removeprefix("```\n").removesuffix("\n```")

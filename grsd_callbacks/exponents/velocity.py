@@ -84,7 +84,7 @@ def _too_little(lam, t, same_sign: float, min_points: int, min_decades: float) -
     if len(lam) < min_points:
         return f"{len(lam)} usable points, at least {min_points} are needed"
     if same_sign < 0.9:
-        return f"only {same_sign:.0%} of the velocities share a sign, 90% are needed"
+        return f"only {100 * same_sign:.0f} % of the velocities share a sign, 90 % are needed"
     for name, array in (("lambda", lam), ("t", t)):
         decades = math.log10(array.max() / array.min())
         if decades < min_decades - 1e-9 or len(np.unique(array)) < 3:

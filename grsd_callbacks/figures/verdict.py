@@ -89,7 +89,7 @@ def check_rows(run: Run) -> list[Row]:
         identity(r"$\Sigma E = L$", "energy"),
         identity(r"$\Sigma D = |\nabla L|^2$", "dissipation"),
         identity(r"$\Sigma$ transport $= 0$", "transport"),
-        _limit(r"lr $\lambda_{\max}$, largest", steep, f"{steep:.2g}", steep <= 2, "gradient flow", "above 2"),
+        _limit(r"lr $\lambda_{\max}$, largest", steep, f"{steep:.2g}", steep <= 2, "below 2", "above 2"),
         _limit("energy not resolved", hidden, f"{100 * hidden:.1f} %", hidden < 0.1, "resolved", "much"),
         _limit("flow time", nominal, "nominal" if nominal else "exact", not nominal, "sum of lr", "no true t"),
     ]

@@ -115,10 +115,11 @@ def table_rows(verdicts: Sequence[Verdict]) -> list[tuple[str, ...]]:
     """The cells of the table, one row a verdict."""
     rows: list[tuple[str, ...]] = []
     for v in verdicts:
-        interval = f"[{v.lower:.3g}, {v.upper:.3g}]" if math.isfinite(v.upper) else "none"
+        interval = f"[{v.lower:.3g}, {v.upper:.3g}]" if math.isfinite(v.upper) else "-"
         limit = f"{v.limit:.3g}" if v.condition != "time-rescaling covariance" else f"0 +- {v.limit:.2g}"
         p = f"{v.p_value:.2g}" if math.isfinite(v.p_value) else "-"
-        rows.append((v.condition, f"{v.value:.3g}", interval, limit, v.null, p, v.verdict))
+        value = f"{v.value:.3g}" if math.isfinite(v.value) else "-"
+        rows.append((v.condition, value, interval, limit, v.null, p, v.verdict))
     return rows
 
 
