@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import grsd_callbacks as grsd
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
@@ -54,6 +56,12 @@ def test_every_picture_has_its_script_in_the_text():
 def test_index_names_every_page():
     index = (ROOT / "docs" / "README.md").read_text()
     assert all(f"({page.name})" in index for page in PAGES if page.stem != "README")
+
+
+def test_every_public_name_is_on_its_page():
+    page = (ROOT / "docs" / "api.md").read_text()
+    named = re.findall(r"^\| `(\w+)` \| ", page, flags=re.MULTILINE)
+    assert sorted(named) == sorted(grsd.__all__)
 
 
 def constant_parts(message):

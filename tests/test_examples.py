@@ -1,6 +1,7 @@
 """Every example runs, small, and prints what it promises."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -79,6 +80,17 @@ def test_optimizers(tmp_path, capsys):
     assert all(rate == pytest.approx(1, abs=0.02) for rate in found["SGD"].values()), "exact for gradient descent"
     assert max(found["Adam"].values()) > 2 * min(found["Adam"].values())
     assert (tmp_path / "o.png").stat().st_size > 5000
+
+
+def test_tutorial_draws_its_pictures(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    callback = load("examples", "tutorial").main(["--steps", "40", "--out", str(tmp_path)])
+    assert closed(callback.history) and callback.monitor.num_failed == 0 and callback.history[-1].step == 40
+    page = (ROOT / "docs" / "tutorial.md").read_text()
+    shown = set(re.findall(r"\(tutorial/(\w+\.png)\)", page))
+    kept = {path.name for path in (ROOT / "docs" / "tutorial").iterdir()}
+    assert shown == kept <= {path.name for path in tmp_path.iterdir()}, "the page shows what the script draws"
+    assert "exponents, 95 % intervals" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning")
