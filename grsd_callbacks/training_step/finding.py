@@ -71,7 +71,8 @@ def observe_step(
     runner = runner or StepRunner(function.model)
     found = function.run(lambda: _observed(function, probe, at, runner))
     if nu is not None:
-        found = replace(found, loss=replace(found.loss, kind="general", nu=nu))
+        fixed: Any = replace(found.loss.function, start=0.0)  # type: ignore[type-var]
+        found = replace(found, loss=replace(found.loss, function=fixed, kind="general", nu=nu))
     return replace(found, outputs=replace(found.outputs, description=tuple(_description(found, why))))
 
 
@@ -160,7 +161,9 @@ def _observe_cut(
     step_loss = StepLoss(outputs, aliases)
     fixed = Loss(step_loss, "general")
     if known:
-        fixed = Loss(replace(step_loss, exact=True, plain=known[3], start=known[4]), *known[1:3])
+        _, kind, own, plain, start = known
+        unit = own if kind == "cross_entropy" else own / 2
+        fixed = Loss(replace(step_loss, exact=True, plain=plain, start=start, unit=unit), kind, own)
     gap = _gap(function, outputs, fixed, batch)
     if gap > GAP_TOLERANCE.get(function.dtype, 1e-6):
         fixed = replace(fixed, function=replace(fixed.function, complete=False))  # type: ignore[type-var]
