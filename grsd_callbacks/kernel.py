@@ -250,9 +250,9 @@ class NTKOperator:
         self.num_products += 0.5 * (len(v) if batched else 1)
         if not batched:
             return self.flatten(total)
-        sizes = [p.numel() for p in self.function.parameters.values()]
-        parts = [v.new_zeros(len(v), size) if t is None else t.flatten(1) for t, size in zip(total, sizes, strict=True)]
-        return torch.cat(parts, dim=1)
+        leaves = self.function.parameters.values()
+        filled = [v.new_zeros(len(v), *p.shape) if t is None else t for t, p in zip(total, leaves, strict=True)]
+        return torch.cat([t.reshape(len(v), -1) for t in filled], dim=1)
 
     def _jvp(self, w: Tensor, *, batched: bool = False) -> Tensor:
         """J w: (P,) -> (m,), batched (k, P) -> (k, m)."""

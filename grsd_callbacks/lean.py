@@ -25,8 +25,11 @@ Saved = tuple[Any, ...]
 class _Rule:
     """One operation: `call` gives the output and what the derivatives need; others are linear maps at that point.
 
-    `wanted` says which of the operation's tensors (input, weight, bias) ask for a gradient.
+    `wanted` says which of the operation's tensors (input, weight, bias) ask for a gradient; `mode` is that in which
+    the operation was called.
     """
+
+    mode: lean_derivatives | None = None
 
     def call(self, *tensors: Any) -> tuple[Tensor, Saved]:
         raise NotImplementedError
@@ -51,6 +54,8 @@ class _Operation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and ctx.rule.mode is not None and ctx.rule.mode.entered:
+            raise RuntimeError("the model differentiates its own layers, which needs their second derivatives")
         saved = tuple(t if t is None else t.detach() for t in ctx.saved_tensors)
         if not (torch.is_grad_enabled() and g.requires_grad):
             return (None, *ctx.rule.pull(saved, g, ctx.wanted))
@@ -303,7 +308,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Found | None:
-    if training or running_mean is None or running_var is None:
+    if training or running_mean is None or running_var is None or (weight is None and bias is not None):
         return None
     return _FixedBatchNorm(running_mean, running_var, eps), (input, weight, bias)
 
@@ -311,12 +316,16 @@ def _batch_norm(
 def _group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Found | None:
-    return (_GroupNorm(num_groups, eps), (input, weight, bias)) if input.is_contiguous() else None
+    if not input.is_contiguous() or (weight is None and bias is not None):
+        return None
+    return _GroupNorm(num_groups, eps), (input, weight, bias)
 
 
 def _layer_norm(
     input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Found | None:
+    if weight is None and bias is not None:
+        return None
     return _LayerNorm(list(normalized_shape), eps), (input, weight, bias)
 
 
@@ -334,14 +343,27 @@ class lean_derivatives(TorchFunctionMode):
     """Within it, linear layers, convolutions and norms get derivatives that are cheap to transpose.
 
     Outputs are the same numbers. Calls that no rule covers (samples without a batch dimension, padding by name,
-    batch norm in train mode, subclasses of tensors) are left alone.
+    batch norm in train mode, norms with a bias alone, subclasses of tensors) are left alone. A model that
+    differentiates within its forward, to second order, is refused with a `RuntimeError`.
     """
+
+    entered = False
+
+    def __enter__(self) -> lean_derivatives:
+        self.entered = True
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.entered = False
+        super().__exit__(*exception)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         read = _REPLACED.get(func)
         found = None if read is None else read(*args, **(kwargs or {}))
         if found is None or not _applies(found[1]):
             return func(*args, **(kwargs or {}))
+        found[0].mode = self
         return _Operation.apply(found[0], *found[1])
 
 

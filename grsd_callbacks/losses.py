@@ -83,7 +83,7 @@ class Loss:
         """The scale nu: 2/m (mean squared error), one over the averaged targets (cross-entropy), 1/n else."""
         if self.nu is not None:
             growth = getattr(self.function, "growth", None)  # of a factor that follows a schedule
-            return self.nu * growth(targets) if growth is not None and self.kind != "general" else self.nu
+            return self.nu if growth is None else self.nu * growth(targets)
         if isinstance(self.function, nn.MSELoss):
             return 2.0 / outputs.numel() if self.function.reduction == "mean" else 2.0
         if isinstance(self.function, nn.CrossEntropyLoss):

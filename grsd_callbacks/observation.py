@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from grsd_callbacks.functional import ModelFunction, as_outputs, call_model
-from grsd_callbacks.losses import Loss, Residual, calibrate, check_pair
+from grsd_callbacks.losses import Loss, Residual, calibrate, check_pair, resolve_loss
 from grsd_callbacks.probe import Probe
 from grsd_callbacks.training_step import StepLoss, StepOutputs, as_floating
 
@@ -107,11 +107,11 @@ def observed(
     if how == "projection":
         return _projected(function, source, pair, loss, f, num_projections, seed)
     n = len(f)
-    nu = function.run(lambda: loss.scale(f, probe.targets))
-    share = n * (nu if loss.kind == "cross_entropy" else nu / 2)
+    share = n * function.run(lambda: source.unit(loss, f, probe.targets))
     outputs = SampleLosses(source, share, how == "root_loss", how, interacting=function.interacting)
     kind, mean = ("squared", _HalfMeanSquare) if how == "root_loss" else ("general", _Mean)
-    return Reduced(pair, Loss(mean(source.direct(function.model, loss)), kind, 1 / n, _MEANING[how]), outputs)
+    whole = mean(source.direct(function.model, loss), getattr(loss.function, "growth", None))
+    return Reduced(pair, Loss(whole, kind, 1 / n, _MEANING[how]), outputs)
 
 
 def _paired(probe: Probe) -> Probe:
@@ -148,6 +148,12 @@ class _Plain:
             )
         return each.reshape(len(f), -1).sum(1)
 
+    def unit(self, loss: Loss, f: Tensor, targets: Any) -> float:
+        """What one of the numbers that `sample_losses` adds up counts in L, whatever nu was asked for."""
+        own = resolve_loss(loss.function)
+        nu = own.scale(f, targets)
+        return nu if own.kind == "cross_entropy" else nu / 2
+
     def direct(self, model: nn.Module, loss: Loss) -> Callable[[Any], Tensor] | None:
         return lambda batch: loss.value(self.outputs(model, _cast(model, batch)), batch["targets"])
 
@@ -166,6 +172,9 @@ class _Step:
 
     def sample_losses(self, model: nn.Module, batch: Any) -> Tensor:
         return self.step.sample_losses(model, batch)
+
+    def unit(self, loss: Loss, f: Tensor, targets: Any) -> float:
+        return loss.function.unit  # type: ignore[attr-defined]
 
     def direct(self, model: nn.Module, loss: Loss) -> Callable[[Any], Tensor] | None:
         return loss.function.direct  # type: ignore[attr-defined]
@@ -222,22 +231,33 @@ def _described(source: Any) -> tuple[str, ...]:
 
 
 class _Mean:
-    """L = mean f; `direct` is the loss without the detour over f."""
+    """L = mean f; `direct` is the loss without the detour over f.
+
+    `factor` is what L has grown by since f was scaled; the scale nu goes with its square, so that energies stay 1/2.
+    """
 
     takes_targets_as_they_are = True
 
-    def __init__(self, direct: Callable[[Any], Tensor] | None) -> None:
-        self.direct = direct
+    def __init__(self, direct: Callable[[Any], Tensor] | None, factor: Callable[[Any], float] | None = None) -> None:
+        self.direct, self.factor = direct, factor or (lambda batch: 1.0)
 
     def __call__(self, f: Tensor, batch: Any) -> Tensor:
-        return f.mean()
+        return self.factor(batch) * f.mean()
+
+    def growth(self, batch: Any) -> float:
+        """nu now over nu at the start."""
+        return self.factor(batch) ** 2
 
 
 class _HalfMeanSquare(_Mean):
     """L = 1/(2n) |f|^2."""
 
     def __call__(self, f: Tensor, batch: Any) -> Tensor:
-        return f.square().mean() / 2
+        return self.factor(batch) * f.square().mean() / 2
+
+    def growth(self, batch: Any) -> float:
+        """nu now over nu at the start."""
+        return self.factor(batch)
 
 
 # ---- projections ----

@@ -588,3 +588,10 @@ def test_degenerate_input_never_warns():
             fit_scaling_law(X, y)
             fit_tail(y)
             fit_spectrum(y, max_rank=20)
+
+
+def test_an_amplitude_beyond_floats_is_infinite_and_no_error():
+    """Slope -20 at x = 1e18, as local slopes of an exponential decay have at late times."""
+    x = np.geomspace(1e17, 1e18, 20)
+    fit = fit_power_law(x, np.geomspace(1e100, 1e80, 20))
+    assert fit.exponent == pytest.approx(-20) and fit.amplitude == np.inf

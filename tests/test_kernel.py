@@ -189,6 +189,46 @@ def test_one_sample_one_output():
     assert op.gram().item() == pytest.approx(float(x.square().sum()) + 1, rel=1e-13)
 
 
+class Gain(nn.Module):
+    """A parameter without dimensions, as a temperature is."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.gain = nn.Linear(5, 3), nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x):
+        return (self.gain * self.layer(x)).tanh()
+
+
+def test_a_parameter_without_dimensions():
+    model, x = seeded(Gain), randn(7, 5, seed=1)
+    products_agree(NTKOperator(model, x), jacobian(model, x))
+
+
+class Force(nn.Module):
+    """An energy and a small part of its derivative by the input, as physics-informed nets return it."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            u = self.net(x)
+            (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        return u + 1e-4 * slope[:, :1]
+
+
+def test_a_model_that_differentiates_itself_has_no_lean_graphs():
+    """In float32 the missing second derivatives would be within the trial's tolerance."""
+    model, x = seeded(Force, dtype=torch.float32), randn(7, 5, seed=1)
+    op = NTKOperator(model, x.float())
+    J = autograd_rows(model, x.float())
+    assert relative(op.vjp(torch.eye(7)), J.T) < 1e-6
+    assert op.plan.lean is False and "differentiates its own layers" in op.refused["lean"]
+
+
 def test_token_outputs_are_sample_major():
     model = seeded(lambda: nn.Embedding(5, 4))
     tokens = randint(5, 3, 2, seed=9)

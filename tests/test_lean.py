@@ -135,6 +135,13 @@ def test_what_is_left_alone():
     with lean_derivatives():
         assert "_Operation" not in type(F.conv2d(x[0], w).grad_fn).__name__  # no batch dimension
         assert "_Operation" not in type(norm(x).grad_fn).__name__  # train mode
+        shift = randn(4).requires_grad_()
+        for y in (
+            F.layer_norm(x[..., :4], (4,), None, shift),
+            F.group_norm(x, 2, None, shift),
+            F.batch_norm(x, randn(4), randn(4).abs(), None, shift),
+        ):
+            assert "_Operation" not in type(y.grad_fn).__name__  # a bias alone
         assert F.conv2d(x, w.detach()).grad_fn is None
         with torch.no_grad():
             assert F.conv2d(x, w).grad_fn is None

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nets import jacobian, mlp, randint, randn, relative
-from test_training_step import Formula, Penalty, Squares, Tokens, X, Y, observed
+from test_training_step import Formula, Penalty, Scheduled, Squares, Tokens, X, Y, observed
 from torch import nn
 
 from grsd_callbacks import ShellDynamicsCallback, ShellMonitor
@@ -226,3 +226,31 @@ def test_a_step_with_an_unknown_loss_can_be_projected():
     found = reduce(ModelFunction(module, outputs=step.outputs), probe, step.loss, "loss_gradient")
     instant = measure(module, found.probe, found.loss, Settings(outputs=found.outputs))
     assert float(instant.budget.dissipation.sum()) == pytest.approx(instant.grad_norm_sq, rel=1e-9)
+
+
+@pytest.mark.parametrize("how, nu", [("loss_gradient", None), ("root_loss", None), ("root_loss", 0.3)])
+def test_losses_of_samples_follow_a_factor_of_the_loss(how, nu):
+    """Twice the squared error at the start, half of it later."""
+    module, probe, found = observed(Scheduled, nu=nu)
+    function = ModelFunction(module, outputs=found.outputs)
+    instead = reduce(function, probe, found.loss, how)
+    if nu is None:
+        module.factor = 0.5
+    instant = measure(module, instead.probe, instead.loss, Settings(outputs=instead.outputs))
+    hot = F.one_hot(Y, 3).double()
+    total = module.factor * F.mse_loss(module(X), hot)
+    g = gradients([total], module)
+    assert instant.loss == pytest.approx(total.item(), rel=1e-12)
+    assert float(instant.budget.dissipation.sum()) == pytest.approx(float(g.square().sum()), rel=1e-9)
+    energy = 0.5 if how == "loss_gradient" else total.item()
+    assert float(instant.budget.energy.sum()) == pytest.approx(energy, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["cross-entropy", "squares"])
+def test_losses_of_samples_do_not_depend_on_a_scale_that_was_asked_for(name):
+    model, (criterion, targets) = mlp(), LOSSES[name]
+    found = reduce(ModelFunction(model), Probe(INPUTS, targets), resolve_loss(criterion, nu=0.3), "root_loss")
+    instant = measure(model, found.probe, found.loss, Settings(outputs=found.outputs))
+    total = criterion(model(INPUTS), targets).item()
+    assert instant.loss == pytest.approx(total, rel=1e-12)
+    assert float(instant.budget.energy.sum()) == pytest.approx(total, rel=1e-9)

@@ -290,6 +290,22 @@ def test_random_bases_have_the_stated_moments_and_false_positive_rate():
     assert abs(positives / draws - 0.05) < 3 * math.sqrt(0.05 * 0.95 / draws)
 
 
+def test_behind_a_head_at_zero_nothing_is_said_of_incoherence():
+    """Only the head has a kernel then: no overlap is no sign of incoherence."""
+    net, x, y = tanh_net()
+    with torch.no_grad():
+        list(net.modules())[-1].weight.zero_()
+    settings = ConditionSettings(num_resamples=4, num_null=9, num_directions=2)
+    at_zero = measure_conditions(net, (x, y), "mse", settings)
+    assert math.isnan(at_zero.incoherence.cross_share) and math.isnan(at_zero.incoherence.p_value)
+    row = next(v for v in judge([at_zero]).verdicts if v.condition == "functional incoherence")
+    assert row.verdict == "undecided" and "all blocks' kernels but one are zero" in row.note
+    torch.nn.init.normal_(list(net.modules())[-1].weight, generator=torch.Generator().manual_seed(0))
+    later = measure_conditions(net, (x, y), "mse", settings, ShellGrid(at_zero.edges))
+    row = next(v for v in judge([at_zero, later]).verdicts if v.condition == "functional incoherence")
+    assert row.value == later.incoherence.cross_share
+
+
 def test_incoherence_wants_two_kernels_of_one_size():
     with pytest.raises(ValueError, match="at least two blocks"):
         block_incoherence({"a": torch.eye(2)})

@@ -205,6 +205,29 @@ def test_the_function_found_is_forward(kind):
     torch.testing.assert_close(by_step.state.residual.abs(), scale**0.5 * by_hand.state.residual.abs())
 
 
+class Picked(Base):
+    """A mask picks as many rows of each sample as its first input says."""
+
+    def training_step(self, batch, batch_idx):
+        z = self(batch[0].unsqueeze(1) * torch.arange(1, 5).to(batch[0])[:, None])
+        mask = torch.arange(4) < batch[0][:, :1]
+        return F.cross_entropy(z[mask], batch[1][:, None].expand(mask.shape)[mask])
+
+
+def test_rows_that_a_mask_has_picked_are_no_samples():
+    """2 n rows in all, n of the first half, but not two of each."""
+    x = X.clone()
+    x[:, 0] = torch.tensor([3.0, 1.0, 2.0, 1.0, 2.0, 3.0])
+    module, probe = seeded(Picked), Probe(*step_pair([x, Y]))
+    found = observe_step(ModelFunction(module), probe)
+    assert found.outputs.interacting
+    instant = measure(module, probe, found.loss, Settings(outputs=found.outputs, method="exact"))
+    with undisturbed(module):
+        loss = found.outputs.runner([x, Y])
+        norm = sum(float(g.square().sum()) for g in torch.autograd.grad(loss, list(module.parameters())))
+    assert float(instant.budget.dissipation.sum()) == pytest.approx(norm, rel=1e-9)
+
+
 class Root(Base):
     """A root mean square: its derivative is that of c times the squared error, but itself it is not."""
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from . import checks, intervals, shapes
 from .checks import LogSeries
-from .records import PowerLawFit, refused_fit
+from .records import PowerLawFit, from_log, refused_fit
 
 BOOTSTRAPS = ("auto", "residual", "block")
 
@@ -162,7 +162,7 @@ def _assembled(series, line, half: float, rho: float, *, compare: bool, evidence
             reason = "an exponent of zero is not excluded: any flat shape fits as well"
             verdict = shapes.Verdict("undecided", reason, verdict.evidence)
     return PowerLawFit(
-        line.slope, lower, upper, math.exp(line.intercept), series.window, len(series.x), series.num_decades,
+        line.slope, lower, upper, from_log(line.intercept), series.window, len(series.x), series.num_decades,
         verdict.verdict, verdict.reason, evidence | verdict.evidence,
     )  # fmt: skip
 

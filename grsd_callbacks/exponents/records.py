@@ -22,7 +22,8 @@ class PowerLawFit:
         exponent: the fitted exponent; NaN when the fit was refused. Its sign convention is the function's that made it.
         lower: lower end of the confidence interval (95 % by default).
         upper: upper end of the confidence interval.
-        amplitude: `A` of `y = A x^slope` (for `fit_tail`: the number of eigenvalues in the tail).
+        amplitude: `A` of `y = A x^slope`, inf or 0 where that is beyond floats (for `fit_tail`: the number of
+            eigenvalues in the tail).
         window: smallest and largest x that entered the fit.
         num_points: points that entered the fit, after masking, window and thinning.
         num_decades: `log10(x_high / x_low)` over those points.
@@ -109,6 +110,11 @@ class VelocityExponents:
     num_points: int
     same_sign: float
     reason: str = ""
+
+
+def from_log(value: float) -> float:
+    """exp(value), infinite where floats end: amplitudes of steep laws, extrapolated to x = 1, can lie beyond."""
+    return math.exp(value) if value < 709.0 else math.inf
 
 
 def refused_fit(reason: str, *, window, num_points: int, num_decades: float, evidence=None) -> PowerLawFit:

@@ -9,7 +9,7 @@ import numpy as np
 
 from . import checks, intervals, shapes
 from .powerlaw import _refused, _too_little
-from .records import Closure, Estimate, PowerLawFit
+from .records import Closure, Estimate, PowerLawFit, from_log
 
 _EXPONENTS = np.geomspace(0.005, 20.0, 160)
 
@@ -105,7 +105,7 @@ def _profiled(log_x, log_y, weights, confidence) -> tuple[Estimate, Estimate, fl
     tiny = 1e-9 * math.exp(found[2])
     floor_low = 0.0 if interval[2] < tiny else float(interval[2])
     floor = Estimate(float(math.exp(found[2]) * found[1]), floor_low, float(interval[3]))
-    amplitude = math.exp(found[2] + found[0] * log_x[-1]) * (1.0 - found[1])
+    amplitude = from_log(found[2] + found[0] * log_x[-1]) * (1.0 - found[1])
     return alpha, floor, float(amplitude)
 
 

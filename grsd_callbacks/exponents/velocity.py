@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from . import checks, intervals
-from .records import Closure, Estimate, VelocityExponents
+from .records import Closure, Estimate, VelocityExponents, from_log
 
 _CONTRASTS = {"b": (0.0, 1.0, 0.0), "p": (0.0, 0.0, 1.0), "residual": (0.0, -1.0, 1.0)}
 
@@ -109,7 +109,7 @@ def _fitted(lam, t, speed, same_sign: float, confidence: float) -> VelocityExpon
         value = float(np.asarray(contrast) @ theta) + (2.0 if name == "residual" else 0.0)
         ends[name] = (value, value - half, value + half)
     return VelocityExponents(
-        Estimate(*ends["b"]), Estimate(*ends["p"]), Closure(*ends["residual"]), math.exp(theta[0]), len(lam), same_sign
+        Estimate(*ends["b"]), Estimate(*ends["p"]), Closure(*ends["residual"]), from_log(theta[0]), len(lam), same_sign
     )
 
 

@@ -126,7 +126,7 @@ class BlockIncoherence:
         mean: of C_lm over l != m.
         decay_length: of exp(-d / length) fitted to C_lm, l != m, in blocks; inf where C does not decay.
         cross_share: `sum_{l != m} tr(M_l M_m) / sum_l |M_l|_F^2`: |M|_F^2 is 1 + this times that of incoherent blocks;
-            0 for orthogonal blocks, L - 1 for equal ones.
+            0 for orthogonal blocks, L - 1 for equal ones; NaN where fewer than two kernels are not zero.
         cross_share_error: its standard error from half-samples of the probe; NaN without.
         null_mean, null_error: mean and standard deviation of the cross share of blocks with the same spectra in
             independent random bases (exact moments for the orthogonal group).
@@ -204,8 +204,9 @@ def _products(kernels: list[Tensor]) -> np.ndarray:
 
 
 def _cross_share(G: np.ndarray) -> float:
+    """NaN for fewer than two kernels that are not zero (before a head that starts at zero, say): nothing overlaps."""
     own = float(np.trace(G))
-    return float(G.sum() - own) / own if own > 0 else math.nan
+    return float(G.sum() - own) / own if (np.diag(G) > 0).sum() > 1 else math.nan
 
 
 def _decay_length(C: np.ndarray) -> float:

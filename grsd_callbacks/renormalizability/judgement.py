@@ -88,7 +88,7 @@ def judge(
     known = {"transport_ratio": flux / lost if lost > 0 else math.nan, **(signs or {})}
     verdicts = [
         _propagation(history),
-        _incoherence(history[0]),
+        _incoherence(history),
         _evolution(history),
         _log_shift(last),
         _rescaling(rescaling, chi),
@@ -106,7 +106,8 @@ def _propagation(history: Sequence[Conditions]) -> Verdict:
     worst, name = _largest(history, "spread", "propagation"), "bounded gradient propagation"
     last = history[-1].propagation
     if worst is None:
-        return bounded(name, math.nan, math.nan, "-", math.nan, "gradients vanish at some layer")
+        why = "gradients vanish at some layer" if len(last.names) > 1 else "one layer's input only: no depth to compare"
+        return bounded(name, math.nan, math.nan, "-", math.nan, why)
     p = worst.propagation
     low, high = float(p.spectral_norms.max()), float(p.upper_bounds.max())
     norms = f"largest |dh_l+1/dh_l| {low:.3g}, at most {high:.3g} (99 %)"
@@ -114,13 +115,16 @@ def _propagation(history: Sequence[Conditions]) -> Verdict:
     return bounded(name, p.spread, p.spread_error, null, last.p_value, f"step {worst.step}; {norms}")
 
 
-def _incoherence(first: Conditions) -> Verdict:
+def _incoherence(history: Sequence[Conditions]) -> Verdict:
+    """At the first measurement at which two blocks have kernels: behind a head that starts at zero only one has."""
+    name = "functional incoherence"
+    first = next((c for c in history if math.isfinite(c.incoherence.cross_share)), None)
+    if first is None:
+        return bounded(name, math.nan, math.nan, "-", math.nan, "all blocks' kernels but one are zero")
     found = first.incoherence
     null = f"{found.null_mean:.3g} +- {found.null_error:.1g} in random bases"
-    note = f"mean C_lm {found.mean:.3g}, decay length {found.decay_length:.3g} blocks"
-    return bounded(
-        "functional incoherence", found.cross_share, found.cross_share_error, null, found.p_value, note
-    )
+    note = f"step {first.step}; mean C_lm {found.mean:.3g}, decay length {found.decay_length:.3g} blocks"
+    return bounded(name, found.cross_share, found.cross_share_error, null, found.p_value, note)
 
 
 def _evolution(history: Sequence[Conditions]) -> Verdict:

@@ -50,7 +50,7 @@ def dense_jacobian(
         return torch.func.functional_call(model, {**rest, **chosen}, arguments).reshape(-1)
 
     blocks = torch.func.jacrev(outputs)({name: everything[name].detach() for name in names})
-    return torch.cat([blocks[name].flatten(1) for name in names], dim=1)
+    return torch.cat([blocks[name].reshape(len(blocks[name]), -1) for name in names], dim=1)
 
 
 def dense_kernel(

@@ -66,12 +66,13 @@ def observe_step(
     Raises:
         ValueError: no such function: training_step's loss does not depend on the parameters, or on them directly.
 
-    Cost: about six runs of the step, two of them with a backward pass.
+    Cost: about seven runs of the step, two of them with a backward pass.
     """
     runner = runner or StepRunner(function.model)
     found = function.run(lambda: _observed(function, probe, at, runner))
     if nu is not None:
-        found = replace(found, loss=replace(found.loss, kind="general", nu=nu))
+        fixed: Any = replace(found.loss.function, start=0.0)  # type: ignore[type-var]
+        found = replace(found, loss=replace(found.loss, function=fixed, kind="general", nu=nu))
     return replace(found, outputs=replace(found.outputs, description=tuple(_description(found, why))))
 
 
@@ -160,7 +161,9 @@ def _observe_cut(
     step_loss = StepLoss(outputs, aliases)
     fixed = Loss(step_loss, "general")
     if known:
-        fixed = Loss(replace(step_loss, exact=True, plain=known[3], start=known[4]), *known[1:3])
+        _, kind, own, plain, start = known
+        unit = own if kind == "cross_entropy" else own / 2
+        fixed = Loss(replace(step_loss, exact=True, plain=plain, start=start, unit=unit), kind, own)
     gap = _gap(function, outputs, fixed, batch)
     if gap > GAP_TOLERANCE.get(function.dtype, 1e-6):
         fixed = replace(fixed, function=replace(fixed.function, complete=False))  # type: ignore[type-var]
@@ -186,30 +189,36 @@ def _has_rows(tensor: Tensor, n: int) -> bool:
 def _with_axes(
     outputs: StepOutputs, model: nn.Module, batch: Any, cut: list[Event], n: int
 ) -> tuple[StepOutputs, bool]:
-    """The sample axis of each part, by running the step on half of the batch; and whether samples are independent."""
+    """The sample axis of each part, by running the step on parts of the batch; and whether samples are independent."""
     shapes = [event.tensor.shape for event in cut]
     first = tuple(next(d for d, size in enumerate(shape) if size % n == 0) for shape in shapes)
     if n == 1:
         return replace(outputs, axes=first), True
-    half = (n + 1) // 2
-    try:
-        with torch.no_grad(), Tape(model, outputs.places) as tape:
-            outputs.runner(take(batch, slice(0, half), n))
-        parts = [tape.at(place).tensor for place in outputs.places]
-    except (RuntimeError, ValueError, IndexError):  # a step that does not run on parts of a batch
-        return replace(outputs, axes=first), False
-    axes = [_axis(event.tensor.detach(), part, n, half) for event, part in zip(cut, parts)]
-    independent = all(axis is not None for axis in axes)
-    return replace(outputs, axes=tuple(a if a is not None else f for a, f in zip(axes, first))), independent
+    found: list[list[int | None]] = []
+    for samples in _parts(n):
+        try:
+            with torch.no_grad(), Tape(model, outputs.places) as tape:
+                outputs.runner(take(batch, samples, n))
+            parts = [tape.at(place).tensor for place in outputs.places]
+        except (RuntimeError, ValueError, IndexError):  # a step that does not run on parts of a batch
+            return replace(outputs, axes=first), False
+        found.append([_axis(event.tensor.detach(), part, n, samples) for event, part in zip(cut, parts)])
+    independent = None not in found[0] and all(axes == found[0] for axes in found)
+    return replace(outputs, axes=tuple(a if a is not None else f for a, f in zip(found[0], first))), independent
 
 
-def _axis(whole: Tensor, part: Tensor, n: int, half: int) -> int | None:
-    """The axis along which the half batch's output is the first part of the whole batch's."""
-    eps = torch.finfo(whole.dtype).eps
+def _parts(n: int) -> list[slice]:
+    """Half of the samples, the first two and the last two: rows that a mask has picked are not as many for each."""
+    return [slice(0, (n + 1) // 2), *([slice(0, 2), slice(n - 2, n)] if n > 3 else [])]
+
+
+def _axis(whole: Tensor, part: Tensor, n: int, samples: slice) -> int | None:
+    """The axis along which the output of some samples is their part of the whole batch's."""
+    eps, count = torch.finfo(whole.dtype).eps, samples.stop - samples.start
     for axis, size in enumerate(whole.shape):
-        if size % n == 0 and part.dim() == whole.dim() and part.shape[axis] == half * (size // n):
-            expected = rows(whole, axis, n)[:half]
-            found = rows(part, axis, half)
+        if size % n == 0 and part.dim() == whole.dim() and part.shape[axis] == count * (size // n):
+            expected = rows(whole, axis, n)[samples]
+            found = rows(part, axis, count)
             if expected.shape == found.shape and torch.allclose(expected, found, rtol=100 * eps**0.5, atol=eps**0.5):
                 return axis
     return None

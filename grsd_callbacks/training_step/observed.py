@@ -93,7 +93,8 @@ class StepLoss:
         exact: whether it is such a loss.
         complete: whether nothing bypasses f, so that the step's own loss can be the reference for |grad L|^2.
         plain: a cross-entropy without weights and smoothing.
-        start: c at the start.
+        start: c at the start, where nu is to follow it; else 0.
+        unit: what one number of the loss function with reduction="none" counts in L, at the start.
     """
 
     outputs: StepOutputs
@@ -101,7 +102,8 @@ class StepLoss:
     exact: bool = False
     complete: bool = True
     plain: bool = False
-    start: float = 1.0
+    start: float = 0.0
+    unit: float = 0.0
     takes_targets_as_they_are = True
 
     def __call__(self, f: Tensor, batch: Any) -> Tensor:
@@ -120,7 +122,7 @@ class StepLoss:
 
     def growth(self, batch: Any) -> float:
         """c now over c at the start: a factor of the loss may follow a schedule, and the scale nu goes with it."""
-        return self._call(batch)[1] / self.start if self.exact else 1.0
+        return self._call(batch)[1] / self.start if self.exact and self.start > 0 else 1.0
 
     def _call(self, batch: Any) -> tuple[Event, float]:
         """The call of the loss function, and c."""
