@@ -29,8 +29,9 @@ from pathlib import Path
 RANKS = (1, 2, 8, 64, 1024)
 PARAMETERS = (10**6, 10**7, 10**8, 10**9, 10**10, 10**11)
 METHODS = ("exact", "krylov", "randomized")
-#: collectives of a session: agreements, copies or the step's change, stop, the snapshot for all
-SESSION = 8
+#: collectives of a session: agreements (one of them on the run being unbroken), copies or the step's change, stop, the
+#: snapshot for all
+SESSION = 9
 #: and of an exact kernel: message, agreement, plans, sum
 KERNEL = 6
 

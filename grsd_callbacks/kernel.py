@@ -11,7 +11,6 @@ central differences. Where the graphs of all samples do not fit into the memory 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from grsd_callbacks.functional import ModelFunction, ParameterFilter
 from grsd_callbacks.gram import ROW_MEMORY, Gram, exact_gram
 from grsd_callbacks.memory import graph_memory, is_out_of_memory
+from grsd_callbacks.notice import notice
 from grsd_callbacks.paths import FORWARD_PATHS, Products, dense
 from grsd_callbacks.plan import (
     ADJOINT_TOLERANCE,
@@ -329,11 +329,10 @@ class NTKOperator:
         gap = trial.gap(self._asked, bool(self.plan.lean))
         self.plan = replace(self.plan, path=self._asked, gap=gap)
         if not gap <= ADJOINT_TOLERANCE.get(self.dtype, 1e-3):  # taken, but not silently
-            warnings.warn(
+            notice(
                 f"J w by forward={self._asked!r} is not the transpose of J^T v on this model "
                 f"(gap {gap:.1e}); use forward='auto'",
                 RuntimeWarning,
-                stacklevel=2,
             )
 
     # -- chunks and graphs -------------------------------------------------------------------------------

@@ -268,7 +268,8 @@ class ShellMonitor:
         Parameters that are replaced, frozen or unfrozen are noticed; values loaded in place (`load_state_dict` in
         mid-run) are not in loops of one's own, and have to be declared (the callback notices them).
         """
-        self._pending = None
+        if self._pending is not None:  # kept until all ranks drop it together
+            self._pending.void = True
         self.run.interrupt(reason)
 
     # -- the loop ----------------------------------------------------------------------------------------
@@ -362,7 +363,7 @@ class ShellMonitor:
         if pending is None or step <= pending.step:
             self._pending = pending
             return
-        if step == pending.step + 1:
+        if step == pending.step + 1 and self.team.group.all(not pending.void):
             self._charged(lambda: self._attempt(step, lambda: self._add_update(pending)))
 
     def finish(self, step: int | None = None, *, flow_time: float | None = None) -> Snapshot | None:
@@ -535,6 +536,7 @@ class ShellMonitor:
         unchanged = "" if isinstance(error, DisturbedTraining) else " Training goes on unchanged."
         rank = failed_rank(error)
         where = "" if rank is None else f" on rank {rank}"
+        self._pending = None  # on all ranks, as the failure is
         self.new_segment("the measurement before this one failed")
         self.outlet.warn_once(
             type(error).__name__,
@@ -567,7 +569,7 @@ class ShellMonitor:
 
     def _check_identity(self) -> None:
         identity = self._parameter_identity()
-        if identity != self._identity:
+        if not self.team.group.all(identity == self._identity):
             self._identity, self._plan = identity, None
             self.team.forget()
             self.new_segment("parameters were replaced, frozen or unfrozen between measurements")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -14,6 +12,7 @@ from grsd_callbacks import tags
 from grsd_callbacks.emission import Emission
 from grsd_callbacks.exponents import PowerLawFit
 from grsd_callbacks.figures import run_figures
+from grsd_callbacks.notice import notice
 from grsd_callbacks.report import summary_table
 from grsd_callbacks.sinks import SinkGroup
 from grsd_callbacks.snapshot import Snapshot
@@ -25,10 +24,7 @@ class MeasurementWarning(UserWarning):
 
 def warn(message: str) -> None:
     """A `MeasurementWarning` that ends no training, even where warnings are errors."""
-    try:
-        warnings.warn(message, MeasurementWarning, stacklevel=2)
-    except MeasurementWarning:
-        logging.getLogger("grsd_callbacks").warning(message)
+    notice(message, MeasurementWarning)
 
 
 def first_line(error: BaseException) -> str:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from grsd_callbacks.functional import ModelFunction
 from grsd_callbacks.losses import wide_dtype
 from grsd_callbacks.memory import SavedBytes
+from grsd_callbacks.notice import notice
 from grsd_callbacks.paths import FORWARD_PATHS, Products
 from grsd_callbacks.probe import take
 
@@ -110,12 +111,11 @@ class Trial:
         if sample_bytes * n <= memory_limit:
             return n
         if self.interact():
-            warnings.warn(
+            notice(
                 f"the graphs of {n} samples hold about {sample_bytes * n:.2g} bytes, more than memory_limit = "
                 f"{memory_limit}, and cannot be built in chunks: samples interact in this model. Take a smaller probe, "
                 "or raise memory_limit.",
                 RuntimeWarning,
-                stacklevel=2,
             )
             return n
         return max(1, min(n, int(memory_limit / (CHUNKS_PER_BOUND * sample_bytes))))

@@ -36,6 +36,7 @@ class Pending:
     state: KernelState
     nu: float
     size: StepSize
+    void: bool = False  # parameters were written to before that step was done
 
     @classmethod
     def elsewhere(cls, step: int, op: NTKOperator) -> Pending:

@@ -243,6 +243,29 @@ def refused_shards():
     return found
 
 
+def broken_by_one(rank, size, how):
+    """One rank alone notices that the run is broken, between a measurement and the end of the step after it or later.
+
+    Each rank's steps, whether the second one's work is known, and why flux is missing, by rank zero.
+    """
+    model = net()
+    monitor = ShellMonitor(model, "mse", data(), every_n_steps=1, on_error="raise", **METHODS["exact"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for step in range(4):
+        monitor.step(step, optimizer=optimizer)
+        if step == 1 and rank == size - 1:
+            if how == "written":
+                monitor.new_segment("weights were loaded")
+            else:
+                monitor._identity = ()  # as if parameters had been replaced
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(data()[0]), data()[1]).backward()
+        optimizer.step()
+    monitor.finish()
+    work = [bool(s.work.isfinite().all()) for s in monitor.history]
+    return [s.step for s in monitor.history], work, [s.reasons.get("flux", "") for s in monitor.history]
+
+
 def timed(rank, size):
     """The default schedule where rank 1 trains and measures at another speed."""
     original = SharedOperator._gram
@@ -377,6 +400,8 @@ def run(rank, size):
         found[f"traffic {method}"] = traffic(method)
     found["raising"] = raising(rank, size)
     found["timed"] = timed(rank, size)
+    for how in ("written", "replaced"):
+        found[how] = broken_by_one(rank, size, how)
     for method in METHODS:
         found[f"sharded {method}"] = sharded(method, size)
     found["sharded plain"] = sharded_training(False, rank, size)

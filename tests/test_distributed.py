@@ -151,6 +151,20 @@ def test_errors_of_one_rank_are_raised_on_all(ranks):
     assert found["on_error"] == ("'made up'", 1)
 
 
+@pytest.mark.parametrize(
+    ("how", "work", "reason"),
+    [
+        ("written", [True, False, True, True, False], ""),  # the work of step 1; of the last measurement there is none
+        ("replaced", [True] * 4 + [False], "parameters were replaced, frozen or unfrozen between measurements"),
+    ],
+)
+def test_what_one_rank_notices_is_decided_together(ranks, how, work, reason):
+    """Else one would go on to the next measurement, while the other waits for it to complete the last one."""
+    for found in ranks:
+        assert found[how][:2] == ([0, 1, 2, 3, 4], work)
+        assert found[how][2] == ["first measurement", "", reason, "", ""]
+
+
 def test_the_schedule_is_rank_zeros_decision(ranks):
     """Rank 1 is slower, and would have allowed 600 %."""
     assert ranks[0]["timed"] == ranks[1]["timed"]

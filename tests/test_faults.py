@@ -124,9 +124,9 @@ WAYS = {
 @pytest.mark.parametrize(
     ("way", "at", "stride"),
     [
-        ("exact", AT, 7),
-        ("krylov", AT, 13),
-        ("exact", 4, 11),
+        ("exact", AT, 17),
+        ("krylov", AT, 37),
+        ("exact", 4, 37),
         pytest.param("exact", AT, 1, marks=pytest.mark.slow),
         pytest.param("transfer", AT, 1, marks=pytest.mark.slow),
         pytest.param("krylov", AT, 1, marks=pytest.mark.slow),
@@ -149,8 +149,9 @@ def test_a_fault_anywhere_in_a_measurement(way, at, stride):
     assert len(codes) > 100
     wrong = []
     for code in codes[::stride]:
-        for number in {1, record.seen[code]} if stride == 1 else {1}:
-            found, monitor, messages = loop(WAYS[way], Fault(code, FULL, number), at)
+        last = 1 if name_of(code).endswith("<genexpr>") else record.seen[code]  # whose last call may be its closing
+        for number in {1, last} if stride == 1 else {1}:
+            found, monitor, messages = loop(WAYS[way], Fault(code, OSError(*FULL.args), number), at)
             good = found == plain and monitor.num_failed == 1 and len(messages) == 1 and "No space left" in messages[0]
             next_works = monitor.history[-1].step >= 3 and math.isfinite(monitor.history[-1].loss)
             told = [e.scalars.get("grsd_health/failed", 0.0) for e in monitor.outlet.sinks.sinks[0].emissions]

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from grsd_callbacks import ShellDynamicsCallback
+from grsd_callbacks import ShellDynamicsCallback, ShellMonitor
 from grsd_callbacks.callbacks import step_axis
 
 pytestmark = [
@@ -303,3 +303,44 @@ def test_the_design_covers_all_pairs():
     assert len(COVERING) >= 60 and len(set(COVERING)) == len(COVERING)
     for a, b in ((0, 1), (0, 2), (1, 2)):
         assert {(c[a], c[b]) for c in COVERING} == {(c[a], c[b]) for c in ALL}
+
+
+# ---- the gradient scaler: Lightning turns 16-mixed into bf16-mixed on the CPU, so in a loop of one's own ----
+
+
+def scaled_run(monitored, num_steps=8):
+    """(weights, scales, snapshots): float16 autocast, some steps left out because a gradient was infinite."""
+    cases.seed()
+    net, (x, y) = norm_and_dropout(), images()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=2)
+    monitor = (
+        ShellMonitor(net, "cross_entropy", (x[:4], y[:4]), every_n_steps=1, on_error="raise") if monitored else None
+    )
+    weights, scales = [], []
+    for step in range(num_steps):
+        weights.append({name: value.clone() for name, value in net.state_dict().items()})
+        if monitor is not None:
+            monitor.step(step, optimizer=optimizer)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = F.cross_entropy(net(x), y)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+    return weights, scales, [] if monitor is None else monitor.history
+
+
+def test_a_gradient_scaler_is_left_alone():
+    (weights, scales, snapshots), (plain, plain_scales, _) = scaled_run(True), scaled_run(False)
+    assert scales == plain_scales
+    assert all(torch.equal(w[name], p[name]) for w, p in zip(weights, plain, strict=True) for name in w)
+    skipped = [torch.equal(a["6.weight"], b["6.weight"]) for a, b in zip(weights, weights[1:])]
+    assert True in skipped and False in skipped
+    for snapshot, state, left_out in zip(snapshots, weights, skipped):
+        net = norm_and_dropout().eval()
+        net.load_state_dict(state)
+        x, y = images()
+        assert snapshot.loss == pytest.approx(F.cross_entropy(net(x[:4]), y[:4]).item(), rel=1e-5)
+        assert (float(snapshot.work.abs().sum()) == 0.0) == left_out

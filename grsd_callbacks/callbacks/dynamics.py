@@ -168,7 +168,7 @@ class ShellDynamicsCallback(*facts.BASES):  # type: ignore[misc]
         """The state before a fit; a resumed one loads its own after `setup`."""
         self.monitor: ShellMonitor | None = None
         self._resume: dict[str, Any] | None = None
-        self._global_step = 0
+        self._global_step = self._step_axis = 0
         self._off = self._refused = False
         self._failed_starts, self._next_start = 0, 0
 
@@ -216,7 +216,8 @@ class ShellDynamicsCallback(*facts.BASES):  # type: ignore[misc]
         self._global_step = trainer.global_step
         self._notice_writes()
         self.monitor.set_step_size(step_size(facts.raw_optimizers(trainer)))
-        self.monitor.observe(facts.step_axis(trainer))
+        self._step_axis = facts.step_axis(trainer)
+        self.monitor.observe(self._step_axis)
 
     @harmless
     @charged
@@ -236,7 +237,7 @@ class ShellDynamicsCallback(*facts.BASES):  # type: ignore[misc]
     def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Complete the latest measurement by the step that followed it."""
         if self.monitor is not None and trainer.global_step > self._global_step:
-            self.monitor.finish_update(facts.step_axis(trainer) + 1)
+            self.monitor.finish_update(self._step_axis + 1)
             self._between.step_ended()
 
     @harmless

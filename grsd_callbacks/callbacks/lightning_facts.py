@@ -25,7 +25,13 @@ GATHERED = ("ModelParallelStrategy",)
 
 
 def step_axis(trainer: Any) -> int:
-    """The step at which Lightning draws the user's own curves of the coming batch (private counter)."""
+    """Optimizer steps before the coming batch: the step at which Lightning draws the user's own curves.
+
+    Steps taken by hand may be several a batch, and are counted as Lightning does (private counter). Else that counter
+    is not asked: after a resume in mid-epoch Lightning 2.4 leaves it one behind.
+    """
+    if trainer.lightning_module.automatic_optimization:
+        return int(trainer.global_step)
     counter = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", None)
     return int(trainer.global_step if counter is None else counter)
 

@@ -9,7 +9,6 @@ rate: one), grey is "no number", hatched is "not resolved", crossed is "negative
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from grsd_callbacks.exponents import PowerLawFit
 from grsd_callbacks.figures import collapse, conditions, curves, maps, verdict
 from grsd_callbacks.figures.drawing import DPI, new_figure
 from grsd_callbacks.figures.history import Run, run_of
+from grsd_callbacks.notice import notice
 from grsd_callbacks.renormalizability import Conditions, RunVerdict
 from grsd_callbacks.shells import ShellGrid
 from grsd_callbacks.snapshot import Snapshot
@@ -269,7 +269,7 @@ def _can_draw() -> bool:
     except ImportError:
         if not _warned:
             _warned = True
-            warnings.warn(
+            notice(
                 "grsd: matplotlib is not installed, so no figures are drawn; everything else is measured and "
                 "written. For figures: pip install 'grsd-callbacks[plot]'",
                 FigureWarning,

@@ -11,7 +11,6 @@ Letters: n samples, C outputs per sample, m = n C rows, P parameters.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +24,7 @@ from grsd_callbacks.gram.contraction import Accumulator
 from grsd_callbacks.gram.sweep import Irregular, Sweeper
 from grsd_callbacks.gram.terms import DiagonalTerm, FactoredTerm, LeafTerm, SharedTerm, Term, spans
 from grsd_callbacks.losses import wide_dtype
+from grsd_callbacks.notice import notice
 from grsd_callbacks.probe import num_samples, take
 
 #: bytes of temporaries held at a time, by default
@@ -163,11 +163,10 @@ class _Computation:
         if gram is not None:
             why = f"v^T K v misses |J^T v|^2 by {gram.check_gap:.1e} (relative)"
         gram = self._by_rows(reference)
-        warnings.warn(
+        notice(
             f"the structured kernel is not complete for this model ({why}); it was recomputed from explicit rows "
             f"({next(iter(gram.paths.values()))}), check gap {gram.check_gap:.1e}",
             RuntimeWarning,
-            stacklevel=2,
         )
         return gram
 

@@ -6,6 +6,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -79,7 +80,7 @@ def _restorer(rng: Any) -> Callable[[], object]:
 def attribute_restorer(obj: Any, name: str) -> Callable[[], object]:
     """A function that sets an attribute back to its present value."""
     value = getattr(obj, name)
-    return lambda: setattr(obj, name, value)
+    return partial(setattr, obj, name, value)
 
 
 def _generators_in(obj: object, depth: int) -> Iterator[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,15 +30,12 @@ def preserve_modes(model: nn.Module, mode: str = "eval") -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
     try:
         if mode != "keep":
-            _set_flags((module, mode == "train") for module, _ in flags)
+            for module, _ in flags:
+                module.training = mode == "train"
         yield
     finally:
-        _set_flags(flags)
-
-
-def _set_flags(flags: Iterable[tuple[nn.Module, bool]]) -> None:
-    for module, flag in flags:
-        module.training = flag
+        for module, flag in flags:
+            module.training = flag
 
 
 @contextmanager
