@@ -1,6 +1,6 @@
 """What one measurement hands to the sinks: plain numbers, texts and figures under their final tags.
 
-`tags.py` builds an `Emission` from a `Snapshot`; `sinks.py` writes it. Nothing here knows TensorBoard or Lightning.
+`tags` builds an `Emission` from a `Snapshot`; `sinks` writes it. Nothing here knows TensorBoard or Lightning.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 
 import grsd_callbacks.callbacks.dynamics
-import grsd_callbacks.monitor
+import grsd_callbacks.monitor.measurer
+import grsd_callbacks.monitor.shell_monitor
 import grsd_callbacks.outlet
 import grsd_callbacks.run
 import grsd_callbacks.sinks
@@ -73,9 +74,9 @@ def traced(fault):
 NOT_OURS_TO_CATCH = {  # the entry of what the user calls, the net itself, and the check of what the user gives
     "ShellMonitor.step",
     "ShellMonitor.finish",
-    "ShellMonitor._attempt",
-    "_given_size",
-    "_check_step",
+    "Measurer._attempt",
+    "given_size",
+    "check_step",
     "_is_finite",
 }
 CHECKS_OF_ARGUMENTS = "optimizer.py"
@@ -394,7 +395,7 @@ def test_a_figure_that_cannot_be_drawn(monkeypatch):
 
 @pytest.mark.parametrize("num_failures", [1, 2])
 def test_a_fault_in_the_set_up_is_tried_again(monkeypatch, num_failures):
-    original = grsd_callbacks.monitor.calibrate
+    original = grsd_callbacks.monitor.measurer.calibrate
     errors = [no_memory() for _ in range(num_failures)]
 
     def calibrate(*args):
@@ -402,7 +403,7 @@ def test_a_fault_in_the_set_up_is_tried_again(monkeypatch, num_failures):
             raise errors.pop()
         return original(*args)
 
-    monkeypatch.setattr(grsd_callbacks.monitor, "calibrate", calibrate)
+    monkeypatch.setattr(grsd_callbacks.monitor.measurer, "calibrate", calibrate)
     callback = ShellDynamicsCallback(every_n_steps=1, num_probe=8)
     found, failed, messages = lightning_run([callback])
     assert cases.differences(found, plain_image()) == []
@@ -424,7 +425,7 @@ def test_a_fault_outside_the_measurements_switches_them_off(monkeypatch):
 
 
 def test_a_checkpoint_is_saved_whatever_our_state_says(monkeypatch, tmp_path):
-    monkeypatch.setattr(grsd_callbacks.monitor, "plain_leaves", once(None, no_memory()))
+    monkeypatch.setattr(grsd_callbacks.monitor.shell_monitor, "plain_leaves", once(None, no_memory()))
     callback = ShellDynamicsCallback(every_n_steps=1, num_probe=8)
     saving = pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=4)
     _, _, messages = lightning_run([callback, saving], enable_checkpointing=True)

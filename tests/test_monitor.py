@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 
 from grsd_callbacks import MeasurementWarning, MemorySink, ShellMonitor, read_json_lines
-from grsd_callbacks import monitor as monitor_module
+from grsd_callbacks.monitor import stopwatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:grsd. measuring every . steps costs")
 
@@ -317,7 +317,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(monitor_module, "time", clock)
+    monkeypatch.setattr(stopwatch, "time", clock)
     return clock
 
 

@@ -24,6 +24,7 @@ from grsd_callbacks import (
 )
 from grsd_callbacks import renormalizability_monitor as module
 from grsd_callbacks.figures import conditions_figure
+from grsd_callbacks.renormalizability import DEFINITIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore:grsd. measuring every")
 QUICK = {"num_null": 19, "num_resamples": 4}
@@ -69,7 +70,7 @@ def test_training_is_bit_identical(plain, measured):
 def test_verdicts_come_out_at_the_end(measured):
     _, callback, folder = measured
     verdict = callback.verdict
-    assert [v.condition for v in verdict.verdicts] == list(tags.DEFINITIONS)
+    assert [v.condition for v in verdict.verdicts] == list(DEFINITIONS)
     assert callback.conditions[-1].errors and not callback.conditions[0].errors
     assert callback.monitor.final_seconds > 0
     assert verdict.table() in callback.summary() and "% of the training time" in callback.summary()

@@ -24,6 +24,7 @@ from grsd_callbacks.gram.contraction import Accumulator
 from grsd_callbacks.gram.sweep import Irregular, Sweeper
 from grsd_callbacks.gram.terms import DiagonalTerm, FactoredTerm, LeafTerm, SharedTerm, Term, spans
 from grsd_callbacks.losses import wide_dtype
+from grsd_callbacks.memory import is_out_of_memory
 from grsd_callbacks.notice import notice
 from grsd_callbacks.probe import num_samples, take
 
@@ -111,7 +112,7 @@ def exact_gram(
         try:
             return function.run(_Computation(function, inputs, memory_limit, blocks).gram)
         except RuntimeError as error:
-            if not _is_out_of_memory(error) or memory_limit <= _LEAST_MEMORY:
+            if not is_out_of_memory(error) or memory_limit <= _LEAST_MEMORY:
                 raise
         memory_limit = max(_LEAST_MEMORY, memory_limit // 2)
 
@@ -122,11 +123,6 @@ def gram_operations(function: ModelFunction, inputs: Any, *, memory_limit: int =
     Cost: one forward and the two backward passes of the checks.
     """
     return function.run(_Computation(function, inputs, memory_limit, None).estimate)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    message = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in message or "can't allocate" in message
 
 
 class _Computation:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from grsd_callbacks.functional import ModelFunction
-from grsd_callbacks.gram import _LEAST_MEMORY, ROW_MEMORY, Gram, _Computation, _is_out_of_memory
+from grsd_callbacks.gram import _LEAST_MEMORY, ROW_MEMORY, Gram, _Computation
 from grsd_callbacks.gram.capture import record
 from grsd_callbacks.gram.checks import Reference
 from grsd_callbacks.gram.sweep import Irregular
 from grsd_callbacks.gram.terms import Term
 from grsd_callbacks.losses import wide_dtype
+from grsd_callbacks.memory import is_out_of_memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +61,7 @@ def partial_gram(
         try:
             return function.run(partial(_partial, _Computation(function, inputs, limit, None), rank, size))
         except RuntimeError as error:
-            if not _is_out_of_memory(error) or limit <= _LEAST_MEMORY:
+            if not is_out_of_memory(error) or limit <= _LEAST_MEMORY:
                 raise
         limit = max(_LEAST_MEMORY, limit // 2)
 
