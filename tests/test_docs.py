@@ -77,7 +77,7 @@ def emitted_warnings():
             if not isinstance(node, ast.Call):
                 continue
             name = ast.unparse(node.func).split(".")[-1]
-            arguments = node.args[1:2] if name == "warn_once" else node.args[:1] if name == "warn" else []
+            arguments = node.args[1:2] if name == "warn_once" else node.args[:1] if name in ("warn", "notice") else []
             for message in arguments:
                 if parts := constant_parts(message):
                     yield f"{path.name}:{node.lineno}", parts
