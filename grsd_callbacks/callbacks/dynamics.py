@@ -31,6 +31,7 @@ from grsd_callbacks.monitor import ShellMonitor, check_num_probe, check_options,
 from grsd_callbacks.observation import check_observe
 from grsd_callbacks.optimizer import step_size
 from grsd_callbacks.outlet import first_line, remedy, warn
+from grsd_callbacks.paths import import_lazily_loaded
 from grsd_callbacks.probe import Probe, probe_from, restored
 from grsd_callbacks.sharded import Twin, is_sharded
 from grsd_callbacks.sinks import MetricsSink, Sink
@@ -194,6 +195,7 @@ class ShellDynamicsCallback(*facts.BASES):  # type: ignore[misc]
             return
         self._begin_anew()
         facts.refuse_sharded(trainer)
+        import_lazily_loaded()
         folder = trainer.log_dir  # a collective in distributed runs: reached by all ranks
         self._group = Group.current()
         if self._waits(trainer):

@@ -31,6 +31,7 @@ from grsd_callbacks.monitor.measurer import Measurer
 from grsd_callbacks.observation import check_observe
 from grsd_callbacks.optimizer import StepSize
 from grsd_callbacks.outlet import Outlet
+from grsd_callbacks.paths import import_lazily_loaded
 from grsd_callbacks.probe import Probe, plain_leaves, probe_from, restored
 from grsd_callbacks.report import summary_table
 from grsd_callbacks.resume import changed_arguments, plain_arguments, same_probe
@@ -140,6 +141,7 @@ class ShellMonitor(Measurer):
         self.on_error, self.figures = on_error, figures
         self.pair, self.work, self.transfer = pair, work or transfer, transfer
         self._versions: tuple[int, ...] | None = None
+        import_lazily_loaded()
         self._watch.charged(self._prepare)
         self._watch.set_up()
 
