@@ -217,9 +217,8 @@ class ShellDynamicsCallback(*facts.BASES):  # type: ignore[misc]
             return
         self._global_step = trainer.global_step
         self._notice_writes()
-        self.monitor.set_step_size(step_size(facts.raw_optimizers(trainer)))
         self._step_axis = facts.step_axis(trainer)
-        self.monitor.observe(self._step_axis)
+        self.monitor.observe(self._step_axis, lambda: step_size(facts.raw_optimizers(trainer)))
 
     @harmless
     @charged

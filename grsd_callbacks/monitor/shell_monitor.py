@@ -221,8 +221,8 @@ class ShellMonitor(Measurer):
         """Tell the step size of the coming optimizer step."""
         self.run.size = size
 
-    def observe(self, step: int) -> Snapshot | None:
-        """Measure if due at `step`, flow time being kept up to date by `advance`."""
+    def observe(self, step: int, coming: Callable[[], StepSize] | None = None) -> Snapshot | None:
+        """Measure if due at `step`, flow time being kept up to date by `advance`; `coming` gives the next step size."""
         elapsed = self._watch.started(step)
         if self._last_step is not None and step > self._last_step:
             self.run.steps_since += step - self._last_step
@@ -231,6 +231,8 @@ class ShellMonitor(Measurer):
         self._observe_schedule(step, elapsed)
         if not self._due(step):
             return None
+        if coming is not None:
+            self.run.size = coming()
         return self._watch.charged(lambda: self._attempt(step, lambda: self._take(step)))
 
     def _observe_schedule(self, step: int, elapsed: float) -> None:

@@ -222,7 +222,9 @@ TAGS: dict[str, Tag] = {
         "count", "parameter tensors without gradient on the probe", _from("health", "gradient_free_parameters")
     ),
     "grsd_health/overhead_percent": Tag(
-        "%", "measuring so far over the training time without it (imports not counted)", _from("cost", "overhead_percent")
+        "%",
+        "measuring so far over the training time without it (imports not counted)",
+        _from("cost", "overhead_percent"),
     ),
     "grsd_health/seconds": Tag("s", "wall-clock time of this measurement", _from("cost", "seconds")),
 }
