@@ -26,7 +26,7 @@ EXPONENT_NAMES = {
     "rho_contour": "frontier  progress 1/2 ~ t^-rho, frozen",
     "rho_local": "frontier  progress 1/2, last decade",
     "densing": "modes     k* above the frontier ~ t^densing",
-    "pi_c": "pruning   L ~ lambda_c^pi_c, cut below lambda_c",
+    "pi_c": "pruning   L ~ lambda_c^pi_c, modes below cut",
     "b": "velocity  v ~ lambda^b t^p",
     "p": "velocity  v ~ lambda^b t^p",
 }
