@@ -236,9 +236,7 @@ def coverage(lower: Tensor, upper: Tensor, truth: Truth, rounding: float) -> dic
     edges = truth.grid.edges
     true = truth.below(edges)
     blur = EDGE_ROUNDING * rounding * truth.largest**0.5
-    least, greatest = (
-        truth.below((edges.sqrt() + side * blur).clamp_min(0.0) ** 2) for side in (-1.0, 1.0)
-    )
+    least, greatest = (truth.below((edges.sqrt() + side * blur).clamp_min(0.0) ** 2) for side in (-1.0, 1.0))
     strict = (true >= lower) & (true <= upper)
     rounded = (greatest >= lower - MASS_ROUNDING) & (least <= upper + MASS_ROUNDING)
     excess = torch.maximum(lower - true, true - upper).clamp_min(0.0).max()

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from grsd_callbacks.functional import ModelFunction, ParameterFilter
-from grsd_callbacks.gram import ROW_MEMORY, Gram, exact_gram
+from grsd_callbacks.gram import SUMS_FLOOR, Gram, checked_sums, exact_gram, row_memory
+from grsd_callbacks.losses import wide_dtype
 from grsd_callbacks.memory import graph_memory, is_out_of_memory
 from grsd_callbacks.notice import notice
 from grsd_callbacks.paths import FORWARD_PATHS, Products, dense
@@ -55,13 +56,16 @@ class NTKOperator:
             not interact (true in eval mode; where they do, all samples stay in one chunk). Results do not depend on
             it beyond rounding.
         memory_limit: bytes that the graphs of products, or the temporaries of an exact kernel, may hold; None is
-            `graph_memory` and `ROW_MEMORY`. Smaller is slower. Where memory runs out all the same, chunks are halved.
+            `graph_memory` and `row_memory`. Smaller is slower. Where memory runs out all the same, chunks are halved.
+        gram_dtype: dtype of the products that an exact kernel adds up in float64; None: float64 where the device has
+            it. float32 is faster (about twice on a CPU, far more on a GPU made for games) and leaves 6 decades of
+            eigenvalues instead of 12.
         forward: how J w is computed: "auto" (checked and timed once), or one of `FORWARD_PATHS`.
         mode: "eval" or "train": the mode of the modules during the measurement.
 
     Attributes:
         shape: (m, m).   num_samples: n.   num_outputs: C.   num_parameters: P.   dtype, device.
-        memory_limit, gram_memory: the two bounds, bytes.
+        memory_limit, gram_memory: the bounds on graphs and on an exact kernel's temporaries, bytes.
         num_products: J^T v and J w products so far, in units of kernel products (half each).
         plan: how products are computed, as far as it has been found out.
 
@@ -94,6 +98,7 @@ class NTKOperator:
         chunk_size: int | None = None,
         memory_limit: int | None = None,
         forward: str = "auto",
+        gram_dtype: torch.dtype | None = None,
         mode: str = "eval",
     ) -> None:
         if not (isinstance(forward, str) and forward in ("auto", *FORWARD_PATHS)):
@@ -107,7 +112,7 @@ class NTKOperator:
         if self.num_samples == 0:
             raise ValueError("inputs hold no samples: the leading dimension is 0")
         self.memory_limit = memory_limit or graph_memory(self.device)
-        self.gram_memory = memory_limit or ROW_MEMORY
+        self._asked_memory, self.gram_dtype = memory_limit, checked_sums("gram_dtype", gram_dtype)
         self.num_products = 0.0
         self.plan = ProductPlan()
         self._asked = None if forward == "auto" else forward
@@ -150,6 +155,16 @@ class NTKOperator:
     def device(self) -> torch.device:
         """Device of the products."""
         return self.function.device
+
+    @property
+    def gram_memory(self) -> int:
+        """Bytes of temporaries that an exact kernel may hold."""
+        return self._asked_memory or row_memory(self.shape[0], self.num_parameters, self.dtype, self.device)
+
+    @property
+    def gram_floor(self) -> float:
+        """Rounding of an exact kernel, relative to its largest eigenvalue."""
+        return SUMS_FLOOR[self.gram_dtype or wide_dtype(self.device)]
 
     @property
     def chunk_size(self) -> int:
@@ -211,7 +226,8 @@ class NTKOperator:
 
     def exact_gram(self, *, memory_limit: int | None = None) -> Gram:
         """As `gram`, with the paths and checks behind it."""
-        return exact_gram(self.function, self.inputs, memory_limit=memory_limit or self.gram_memory)
+        limit = memory_limit or self.gram_memory
+        return exact_gram(self.function, self.inputs, memory_limit=limit, sums=self.gram_dtype)
 
     def release(self) -> None:
         """Drop the retained graphs; the next product builds them again, at the same parameters."""

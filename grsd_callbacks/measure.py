@@ -15,6 +15,7 @@ from grsd_callbacks.arguments import checked
 from grsd_callbacks.density import spectral_density
 from grsd_callbacks.flux import KernelState
 from grsd_callbacks.functional import ParameterFilter, check_function, check_patterns
+from grsd_callbacks.gram import checked_sums
 from grsd_callbacks.kernel import NTKOperator, synchronise
 from grsd_callbacks.losses import Loss, Residual, check_pair, wide_dtype
 from grsd_callbacks.method import method_by_size
@@ -23,10 +24,10 @@ from grsd_callbacks.probe import Probe
 from grsd_callbacks.randomized import randomized_eigenpairs
 from grsd_callbacks.shells import ShellBudget, ShellGrid, shell_budget, top_budget
 from grsd_callbacks.spectrum import (
-    RELATIVE_FLOOR,
     Eigendecomposition,
     SpectralMeasure,
     eigendecomposition,
+    relative_floor,
     spectral_measure,
 )
 
@@ -53,7 +54,7 @@ class Settings:
             half as many vectors).
         num_density_matvecs: kernel products for eigenvalue counts (krylov), 0 for none.
         shells_per_decade: shells a decade of eigenvalues.
-        params, outputs, dtype: see `NTKOperator`.
+        params, outputs, dtype, gram_dtype: see `NTKOperator`.
         memory_limit: bytes of temporaries of the exact kernel, and of the graphs of products; None for the defaults.
         seed: of the private generator behind random probe vectors, the same at every measurement.
     """
@@ -66,6 +67,7 @@ class Settings:
     outputs: Callable[[Any], Tensor] | None = None
     dtype: torch.dtype | None = None
     memory_limit: int | None = None
+    gram_dtype: torch.dtype | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -81,6 +83,7 @@ class Settings:
             raise ValueError(f"memory_limit must be a positive number of bytes, got {self.memory_limit!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed must be an integer, got {type(self.seed).__name__}")
+        checked_sums("gram_dtype", self.gram_dtype)
         check_function("outputs", self.outputs)
         check_patterns(self.params)
 
@@ -182,6 +185,7 @@ def operator_for(model: nn.Module, probe: Probe, settings: Settings) -> NTKOpera
         outputs=settings.outputs,
         dtype=settings.dtype,
         memory_limit=settings.memory_limit,
+        gram_dtype=settings.gram_dtype,
     )
 
 
@@ -237,7 +241,7 @@ def default_grid(largest: float, smallest: float, floor: float, per_decade: int)
 
 def _exact(op: NTKOperator, r: Residual, settings: Settings, grid: ShellGrid | None) -> dict[str, Any]:
     gram = op.exact_gram(memory_limit=settings.memory_limit)
-    spectrum = _with_floor(eigendecomposition(gram.matrix, r.nu), op.dtype)
+    spectrum = _with_floor(eigendecomposition(gram.matrix, r.nu), relative_floor(op, exact=True))
     values = spectrum.eigenvalues
     largest = float(values[-1])
     if grid is None:
@@ -273,7 +277,7 @@ def _krylov(op: NTKOperator, r: Residual, settings: Settings, grid: ShellGrid | 
     largest = max(
         float(x.nodes[-1]) if x.nodes.numel() else 0.0 for x in (measure_of_r, density and density.measure) if x
     )
-    floor = RELATIVE_FLOOR.get(op.dtype, 1e-12) * largest
+    floor = relative_floor(op, exact=False) * largest
     if grid is None:
         nodes = measure_of_r.nodes[measure_of_r.nodes > floor]
         grid = default_grid(largest, float(nodes[0]) if nodes.numel() else largest, floor, settings.shells_per_decade)
@@ -307,7 +311,7 @@ def _randomized(
     converged = pairs.values[pairs.converged()]
     floor = float(converged[0]) if converged.numel() else largest
     if grid is None:
-        grid = default_grid(largest, floor, RELATIVE_FLOOR.get(op.dtype, 1e-12) * largest, settings.shells_per_decade)
+        grid = default_grid(largest, floor, relative_floor(op, exact=False) * largest, settings.shells_per_decade)
     state = KernelState(pairs.values, pairs.vectors, r.residual)
     g2 = (state.vectors.T @ r.residual.to(state.vectors)) ** 2
     size = float(r.residual @ r.residual)
@@ -343,9 +347,9 @@ def _scales(largest: float, trace: float, squares: float, first: float, second: 
     }
 
 
-def _with_floor(spectrum: Eigendecomposition, dtype: torch.dtype) -> Eigendecomposition:
-    """The floor follows from the dtype of the rows, not of the sums."""
-    floor = RELATIVE_FLOOR.get(dtype, 1e-12) * max(float(spectrum.eigenvalues[-1]), 0.0)
+def _with_floor(spectrum: Eigendecomposition, relative: float) -> Eigendecomposition:
+    """The floor follows from the dtypes of rows and sums, not of the matrix."""
+    floor = relative * max(float(spectrum.eigenvalues[-1]), 0.0)
     return Eigendecomposition(spectrum.eigenvalues, spectrum.eigenvectors, floor)
 
 

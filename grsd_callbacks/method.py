@@ -69,7 +69,7 @@ def choose_by_cost(op: NTKOperator, num_products: int, memory_limit: int | None 
     bound = 2 * temporaries if memory_limit else temporaries + op.memory_limit
     if EIGEN_BYTES * m**2 > bound:
         return MethodChoice("krylov", f"an exact kernel's eigenvectors take {_megabytes(EIGEN_BYTES * m**2, bound)}")
-    estimate = gram_operations(op.function, op.inputs, memory_limit=temporaries)
+    estimate = gram_operations(op.function, op.inputs, memory_limit=temporaries, sums=op.gram_dtype)
     held = estimate.peak_bytes + EIGEN_BYTES * m**2
     if held > bound:
         return MethodChoice("krylov", f"an exact kernel takes {_megabytes(held, bound)}")

@@ -11,7 +11,7 @@ from grsd_callbacks.losses import Loss
 from grsd_callbacks.measure import Settings, choose_method, counted
 from grsd_callbacks.method import MethodChoice
 from grsd_callbacks.snapshot import Snapshot
-from grsd_callbacks.spectrum import RELATIVE_FLOOR
+from grsd_callbacks.spectrum import relative_floor
 from grsd_callbacks.trajectory import exponent_closures
 
 EXPONENT_NAMES = {
@@ -74,7 +74,7 @@ def start_report(
         "loss": [f"{loss.kind.replace('_', ' ')}{loss.source and ' ' + loss.source}: {loss.energy_meaning}"],
         "probe": [f"{op.num_samples} samples x {op.num_outputs} outputs, m = {op.shape[0]}"],
         "parameters": [_parameters(op)],
-        "precision": [_precision(op)],
+        "precision": [_precision(op, method)],
         "method": [f"{method}: {_how(method, settings)}{reason}"],
         "kernel": _kernel_lines(method, choice),
         "J w": _product_lines(op),
@@ -105,11 +105,11 @@ def _parameters(op: NTKOperator) -> str:
     return f"{count} in {len(op.parameter_names)} tensors, {str(op.dtype)[6:]} on {op.device}"
 
 
-def _precision(op: NTKOperator) -> str:
+def _precision(op: NTKOperator, method: str) -> str:
     """The measured function is that of the parameters as they are kept, without autocast."""
     named = dict(op.function.model.named_parameters())
     kept = sorted({str(named[name].dtype)[6:] for name in op.parameter_names})
-    floor = RELATIVE_FLOOR.get(op.dtype, 1e-12)
+    floor = relative_floor(op, exact=method == "exact")
     copies = f"{str(op.dtype)[6:]} copies of {' and '.join(kept)} parameters"
     return f"{copies}, autocast off; eigenvalues down to {floor:.0e} lambda_max are resolved"
 

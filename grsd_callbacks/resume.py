@@ -12,7 +12,7 @@ from grsd_callbacks.measure import Settings
 from grsd_callbacks.probe import Probe, plain_leaves
 
 #: settings that the meaning of the numbers depends on
-SETTINGS = ("method", "shells_per_decade", "params", "outputs", "dtype", "seed")
+SETTINGS = ("method", "shells_per_decade", "params", "outputs", "dtype", "gram_dtype", "seed")
 LOSS_OPTIONS = ("reduction", "label_smoothing", "ignore_index")
 
 

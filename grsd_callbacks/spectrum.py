@@ -18,6 +18,11 @@ from grsd_callbacks.losses import wide_dtype
 RELATIVE_FLOOR = {torch.float32: 1e-12, torch.float64: 1e-13}
 
 
+def relative_floor(op: NTKOperator, *, exact: bool) -> float:
+    """Relative floor of resolvable eigenvalues: of the rows' dtype, and of an exact kernel's sums."""
+    return max(RELATIVE_FLOOR.get(op.dtype, 1e-12), op.gram_floor if exact else 0.0)
+
+
 @dataclass(frozen=True, eq=False)
 class Eigendecomposition:
     """Eigenpairs M u_i = lambda_i u_i, ascending.
@@ -58,8 +63,8 @@ def eigendecomposition(op: NTKOperator | Tensor, nu: float = 1.0) -> Eigendecomp
         raise ValueError(f"op must be an NTKOperator or a square matrix, got shape {tuple(dense.shape)}")
     matrix = positive("nu", nu) * dense.to(wide_dtype(dense.device))
     values, vectors = torch.linalg.eigh(matrix)
-    dtype = dense.dtype if isinstance(op, Tensor) else op.dtype
-    floor = RELATIVE_FLOOR.get(dtype, 1e-12) * float(values[-1].clamp_min(0.0))
+    floor = RELATIVE_FLOOR.get(op.dtype, 1e-12) if isinstance(op, Tensor) else relative_floor(op, exact=True)
+    floor *= float(values[-1].clamp_min(0.0))
     return Eigendecomposition(values, vectors, floor)
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from grsd_callbacks.distributed import ElsewhereError, Group
-from grsd_callbacks.gram import ROW_MEMORY, Gram
+from grsd_callbacks.gram import Gram
 from grsd_callbacks.gram.checks import TOTAL_TOLERANCE
 from grsd_callbacks.gram.division import partial_gram
 from grsd_callbacks.kernel import FORWARD_PATHS, NTKOperator
@@ -121,7 +121,7 @@ class SharedOperator(NTKOperator):
 
         Cost: see `partial_gram`; one sum of m x m float64 over ranks.
         """
-        limit = memory_limit or ROW_MEMORY
+        limit = memory_limit or self.gram_memory
         while True:
             limits, gram = self._command(_GRAM, limit)
             if gram is not None or min(limits) >= limit:
@@ -244,7 +244,8 @@ class SharedOperator(NTKOperator):
     def _gram(self, limit: int) -> tuple[list[int], Gram | None]:
         """The memory limit that each rank kept, and the kernel if all have planned the same parts."""
         group = self.group
-        part = self._step(lambda: partial_gram(self.function, self.inputs, group.rank, group.size, memory_limit=limit))
+        options: dict[str, Any] = {"memory_limit": limit, "sums": self.gram_dtype}
+        part = self._step(lambda: partial_gram(self.function, self.inputs, group.rank, group.size, **options))
         plans = group.gather((part.plan, part.memory_limit))
         fits = plans[0][0] is not None and all(plan == plans[0] for plan in plans)
         return [kept for _, kept in plans], part.total(group.sum(part.matrix)) if fits else None

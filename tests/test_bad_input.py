@@ -47,6 +47,7 @@ HOT = cases.one_hot(Y)
         ({"shells_per_decade": 0}, ValueError, "shells_per_decade must be an integer of at least 1, got 0"),
         ({"dtype": "float16"}, ValueError, "dtype must be 'float32', 'float64' or None, got 'float16'"),
         ({"dtype": torch.bfloat16}, ValueError, "dtype must be torch.float32, torch.float64 or None"),
+        ({"gram_dtype": "half"}, ValueError, "gram_dtype must be 'float32', 'float64' or None, got 'half'"),
         ({"memory_limit": 0}, ValueError, "memory_limit must be a positive number of bytes, got 0"),
     ],
 )

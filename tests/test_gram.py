@@ -10,7 +10,7 @@ from torch.func import functional_call, jacrev
 from torch.utils.checkpoint import checkpoint
 
 from grsd_callbacks.functional import ModelFunction
-from grsd_callbacks.gram import exact_gram, gram_operations, sweep
+from grsd_callbacks.gram import SUMS_FLOOR, exact_gram, gram_operations, sweep
 from grsd_callbacks.gram.contraction import Accumulator
 from grsd_callbacks.layers import ConvCall, LinearCall
 from grsd_callbacks.probe import take
@@ -340,6 +340,44 @@ def test_float32(name):
     assert relative(found, expected) < 1e-5
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_sums_in_float32(name):
+    """Faster and coarser: right to float32's rounding of the largest eigenvalue, whatever the form and memory."""
+    model, x = built(name)
+    function = ModelFunction(model, dtype=torch.float32)
+    expected = exact_gram(function, x).matrix
+    limits = (600 * len(expected), 6000 * len(expected), 10**8)
+    for limit, blocks in zip(limits, ("parameter", "module", None)):
+        found = exact_gram(function, x, memory_limit=limit, blocks=blocks, sums=torch.float32)
+        error = torch.linalg.matrix_norm(found.matrix - expected, 2) / torch.linalg.matrix_norm(expected, 2)
+        assert found.matrix.dtype == torch.float64 and torch.equal(found.matrix, found.matrix.T)
+        assert error < SUMS_FLOOR[torch.float32]
+        if blocks:
+            assert relative(sum(found.blocks.values()), expected) < 1e-6
+
+
+def test_sums_in_float32_are_made_in_float32():
+    """The option is not ignored: where eigenvalues fall to zero, what is left is of float32's size, not float64's."""
+    model, x = mlp_for_sums()
+    function = ModelFunction(model, dtype=torch.float32)
+    dtypes = (torch.float64, torch.float32)
+    double, single = (torch.linalg.eigvalsh(exact_gram(function, x, sums=dtype).matrix) for dtype in dtypes)
+    assert double[0].abs() < 1e-12 * double[-1] and 1e-10 * single[-1] < single[0].abs() < 3e-7 * single[-1]
+
+
+def mlp_for_sums():
+    """Inputs along one line: depth without width, so that J has few singular values above rounding."""
+    torch.manual_seed(1)
+    x = torch.linspace(0.0, 1.0, 40, dtype=torch.float64)[:, None]
+    return nn.Sequential(nn.Linear(1, 30), nn.Tanh(), nn.Linear(30, 1)).double(), x
+
+
+def test_wrong_sums():
+    model, x = built("mlp")
+    with pytest.raises(ValueError, match="sums must be torch.float32, torch.float64 or None, got torch.float16"):
+        exact_gram(ModelFunction(model), x, sums=torch.float16)
+
+
 def test_closed_form():
     # f = W x + b: d f_c / d W_cj = x_j, so J J^T = (x . y + 1) delta_cd
     x = randn(n, 6)
@@ -565,7 +603,8 @@ def test_the_estimate_names_the_paths_and_orders_the_costs():
 
 @pytest.mark.parametrize("width", [1, 3])
 @pytest.mark.parametrize("limit", [1, 10_000])
-def test_the_three_forms_agree(width, limit):
+@pytest.mark.parametrize("sums, tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6)])
+def test_the_three_forms_agree(width, limit, sums, tolerance):
     left, right = randn(n, 5, 4), randn(n, width, 5, 3)
     rows = torch.einsum("ntp,nctq->ncqp", left, right).flatten(2)
     bias = right.sum(2)
@@ -573,14 +612,14 @@ def test_the_three_forms_agree(width, limit):
     with_bias = expected + bias.flatten(0, 1) @ bias.flatten(0, 1).T
 
     def by(method, *arguments):
-        total = Accumulator(n, width, torch.float64, torch.device("cpu"), limit)
+        total = Accumulator(n, width, (torch.float64, sums), torch.device("cpu"), limit)
         getattr(total, method)(*arguments)
         return total.finish()
 
-    assert relative(by("rows", rows), expected) < 1e-14
-    assert relative(by("positions", lambda s: left[s], right, False), expected) < 1e-14
-    assert relative(by("positions", lambda s: left[s], right, True), with_bias) < 1e-14
+    assert relative(by("rows", rows), expected) < tolerance
+    assert relative(by("positions", lambda s: left[s], right, False), expected) < tolerance
+    assert relative(by("positions", lambda s: left[s], right, True), with_bias) < tolerance
     outer = torch.kron(left[:, 0] @ left[:, 0].T + 1, torch.ones(width, width)) * (
         right[:, :, 0].flatten(0, 1) @ right[:, :, 0].flatten(0, 1).T
     )
-    assert relative(by("outer", left[:, 0], right[:, :, 0], True), outer) < 1e-14
+    assert relative(by("outer", left[:, 0], right[:, :, 0], True), outer) < tolerance

@@ -343,6 +343,7 @@ def test_auto_takes_the_exact_path_while_it_is_small():
         ({"shells_per_decade": 0}, "shells_per_decade must be an integer of at least 1"),
         ({"shells_per_decade": 2.5}, "got 2.5"),
         ({"dtype": torch.float16}, "dtype must be torch.float32, torch.float64 or None"),
+        ({"gram_dtype": "float32"}, "gram_dtype must be torch.float32, torch.float64 or None, got 'float32'"),
         ({"memory_limit": 0}, "memory_limit must be a positive number of bytes, got 0"),
     ],
 )

@@ -8,6 +8,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from grsd_callbacks import ShellDynamicsCallback
+from grsd_callbacks.gram import SUMS_FLOOR
 from grsd_callbacks.spectrum import RELATIVE_FLOOR
 
 # dtype of the parameters, and of what is measured
@@ -85,3 +86,24 @@ def test_a_precision_that_is_asked_for(dtype, tmp_path):
     assert f"{dtype} copies of float32 parameters" in callback.monitor.report
     floor = callback.history[0].summary["floor"] / callback.history[0].summary["lambda_max"]
     assert floor == pytest.approx(RELATIVE_FLOOR[getattr(torch, dtype)])
+
+
+def test_exact_kernels_from_products_in_float32(tmp_path):
+    """The floor rises, the totals stay: energies sum to the loss and the dissipation to the squared gradient."""
+    found = {}
+    for gram_dtype in (None, "float32"):
+        cases.seed()
+        callback = ShellDynamicsCallback(every_n_steps=4, num_probe=8, gram_dtype=gram_dtype, on_error="raise")
+        module = cases.Module(cases.mlp(), nn.CrossEntropyLoss())
+        cases.fit(module, cases.classes(), tmp_path, [callback], max_epochs=1, logger=False)
+        found[gram_dtype] = callback
+    snapshots = {name: callback.history[-1] for name, callback in found.items()}
+    single, double = snapshots["float32"], snapshots[None]
+    assert single.method == double.method == "exact"
+    floor = SUMS_FLOOR[torch.float32]
+    assert single.summary["floor"] == pytest.approx(floor * single.summary["lambda_max"])
+    assert double.summary["floor"] == pytest.approx(RELATIVE_FLOOR[torch.float32] * double.summary["lambda_max"])
+    assert f"down to {floor:.0e} lambda_max" in found["float32"].monitor.report
+    assert single.summary["lambda_max"] == pytest.approx(double.summary["lambda_max"], rel=1e-6)
+    assert single.energy.sum() == pytest.approx(float(double.energy.sum()), rel=1e-6)
+    assert single.dissipation.sum() == pytest.approx(single.grad_norm_sq, rel=1e-5)

@@ -34,8 +34,13 @@ def snapshots():
 def same(a, b):
     """Equal in type and in every bit; NaN equals NaN."""
     if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan()) and torch.equal(
-            a.nan_to_num(0.5) if a.is_floating_point() else a, b.nan_to_num(0.5) if b.is_floating_point() else b
+        return (
+            isinstance(b, torch.Tensor)
+            and a.dtype == b.dtype
+            and torch.equal(a.isnan(), b.isnan())
+            and torch.equal(
+                a.nan_to_num(0.5) if a.is_floating_point() else a, b.nan_to_num(0.5) if b.is_floating_point() else b
+            )
         )
     if isinstance(a, PowerLawFit):
         return all(same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))

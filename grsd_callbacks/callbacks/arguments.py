@@ -21,11 +21,11 @@ def check_words(probe: Any, name: Any, json_lines: Any) -> None:
         raise ValueError(f"name must consist of letters, digits and underscores, got {name!r}")
 
 
-def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def as_dtype(dtype: str | torch.dtype | None, name: str = "dtype") -> torch.dtype | None:
     """The data type that was meant; raise for an unknown word."""
     names: Mapping[str, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
     if isinstance(dtype, str):
         if dtype not in names:
-            raise ValueError(f"dtype must be 'float32', 'float64' or None, got {dtype!r}")
+            raise ValueError(f"{name} must be 'float32', 'float64' or None, got {dtype!r}")
         return names[dtype]
     return dtype

@@ -77,6 +77,8 @@ class ShellDynamicsCallback(*facts.BASES):  # type: ignore[misc]
         unpack: function from a batch to (inputs, targets), where they cannot be told apart.
         nu: scale of the kernel for general losses (`resolve_loss`).
         dtype: "float32" or "float64" for the measurement; None: the parameters' own, at least float32.
+        gram_dtype: "float32" adds up exact kernels from products in float32: faster, 6 decades of eigenvalues instead
+            of 12. None: float64 where the device has it.
         memory_limit: bytes of explicit rows of J held at a time.
         figures: draw heat maps of the run once, after its last step (needs matplotlib).
         json_lines: "auto" (`grsd.jsonl` in the log folder), a path, or None.
@@ -122,6 +124,7 @@ class ShellDynamicsCallback(*facts.BASES):  # type: ignore[misc]
         unpack: Callable[[Any], tuple[Any, Any]] | None = None,
         nu: float | None = None,
         dtype: str | torch.dtype | None = None,
+        gram_dtype: str | torch.dtype | None = None,
         memory_limit: int | None = None,
         figures: bool = True,
         json_lines: str | None = "auto",
@@ -142,6 +145,7 @@ class ShellDynamicsCallback(*facts.BASES):  # type: ignore[misc]
             "num_density_matvecs": num_density_matvecs,
             "shells_per_decade": shells_per_decade,
             "memory_limit": memory_limit,
+            "gram_dtype": as_dtype(gram_dtype, "gram_dtype"),
             **self._function.options,
         }
         Settings(**self._settings)

@@ -24,13 +24,27 @@ from grsd_callbacks.gram.contraction import Accumulator
 from grsd_callbacks.gram.sweep import Irregular, Sweeper
 from grsd_callbacks.gram.terms import DiagonalTerm, FactoredTerm, LeafTerm, SharedTerm, Term, spans
 from grsd_callbacks.losses import wide_dtype
-from grsd_callbacks.memory import is_out_of_memory
+from grsd_callbacks.memory import graph_memory, is_out_of_memory
 from grsd_callbacks.notice import notice
 from grsd_callbacks.probe import num_samples, take
 
 #: bytes of temporaries held at a time, by default
 ROW_MEMORY = 384 * 2**20
+#: relative to the largest eigenvalue, the rounding of the matrix by products in a dtype
+SUMS_FLOOR = {torch.float32: 3e-7, torch.float64: 1e-15}
 _LEAST_MEMORY = 2**20
+
+
+def row_memory(num_rows: int, num_parameters: int, dtype: torch.dtype, device: torch.device) -> int:
+    """The default bound on temporaries: a quarter of J (more saves passes), from `ROW_MEMORY` to `graph_memory`."""
+    return max(ROW_MEMORY, min(num_rows * num_parameters * dtype.itemsize // 4, graph_memory(device)))
+
+
+def checked_sums(name: str, dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype itself; ValueError unless it is one that products may be made in."""
+    if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype in SUMS_FLOOR)):
+        raise ValueError(f"{name} must be torch.float32, torch.float64 or None, got {dtype!r}")
+    return dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +82,12 @@ class GramEstimate:
 
 
 def exact_gram(
-    function: ModelFunction, inputs: Any, *, memory_limit: int = ROW_MEMORY, blocks: str | None = None
+    function: ModelFunction,
+    inputs: Any,
+    *,
+    memory_limit: int = ROW_MEMORY,
+    blocks: str | None = None,
+    sums: torch.dtype | None = None,
 ) -> Gram:
     """J J^T of a model on a batch, accumulated in float64.
 
@@ -79,6 +98,7 @@ def exact_gram(
             and the graph of one forward on the batch. Smaller is slower, never different. Where memory runs out
             all the same it is halved, as often as needed.
         blocks: also return the kernels of "parameter"s or "module"s, m^2 numbers each.
+        sums: dtype of the products that are added up in float64; None is float64 where the device has it.
 
     Returns:
         The kernel, and by which form each parameter entered it.
@@ -96,7 +116,8 @@ def exact_gram(
         it refuses, or they are large, m on single samples), and m^2 times their number.
 
     Accuracy: gradients in the model's dtype, all sums over parameters in float64: eigenvalues right to the
-        dtype's rounding of J, so small ones to about eps (lambda_max / lambda)^(1/2) of themselves.
+        dtype's rounding of J, so small ones to about eps (lambda_max / lambda)^(1/2) of themselves. With `sums` in
+        float32 the matrix itself is rounded: eigenvalues are noise below `SUMS_FLOOR` of the largest.
 
     Example:
         >>> net = torch.nn.Linear(2, 1)
@@ -108,29 +129,41 @@ def exact_gram(
     """
     if blocks not in (None, "parameter", "module"):
         raise ValueError(f"blocks must be None, 'parameter' or 'module', got {blocks!r}")
+    checked_sums("sums", sums)
     while True:
         try:
-            return function.run(_Computation(function, inputs, memory_limit, blocks).gram)
+            return function.run(_Computation(function, inputs, memory_limit, blocks, sums).gram)
         except RuntimeError as error:
             if not is_out_of_memory(error) or memory_limit <= _LEAST_MEMORY:
                 raise
         memory_limit = max(_LEAST_MEMORY, memory_limit // 2)
 
 
-def gram_operations(function: ModelFunction, inputs: Any, *, memory_limit: int = ROW_MEMORY) -> GramEstimate:
+def gram_operations(
+    function: ModelFunction, inputs: Any, *, memory_limit: int = ROW_MEMORY, sums: torch.dtype | None = None
+) -> GramEstimate:
     """Multiplications and peak memory of `exact_gram`, from one recorded forward.
 
     Cost: one forward and the two backward passes of the checks.
     """
-    return function.run(_Computation(function, inputs, memory_limit, None).estimate)
+    return function.run(_Computation(function, inputs, memory_limit, None, sums).estimate)
 
 
 class _Computation:
     """One kernel: record, check, plan, sweep, contract, certify."""
 
-    def __init__(self, function: ModelFunction, inputs: Any, memory_limit: int, blocks: str | None) -> None:
+    def __init__(
+        self,
+        function: ModelFunction,
+        inputs: Any,
+        memory_limit: int,
+        blocks: str | None,
+        sums: torch.dtype | None = None,
+    ) -> None:
         self.function, self.inputs = function, inputs
         self.memory_limit, self.blocks = memory_limit, blocks
+        self.wide = wide_dtype(function.device)
+        self.sums = sums or self.wide
         self.n = num_samples(inputs)
         self.tolerance = TOTAL_TOLERANCE.get(function.dtype, 1e-4)
 
@@ -241,11 +274,12 @@ class _Computation:
 
     def _factored(self, call: Any, name: str, uses: dict[str, Any], width: int, most: int) -> list[FactoredTerm]:
         n = self.n
-        term = FactoredTerm(call, [name], n, width)
+        term = FactoredTerm(call, [name], n, width, self.sums)
         bias = call.names.get("bias")
         joint = self.blocks != "parameter" and term.method != "rows" and call.path in ("linear", "conv")
         names = [name, bias] if joint and bias in uses and len(uses[bias]) == 1 else [name]
-        return [FactoredTerm(call, names, n, width, span) for span in spans(call.q, term.kept // call.q, most)]
+        parts = spans(call.q, term.kept // call.q, most)
+        return [FactoredTerm(call, names, n, width, self.sums, span) for span in parts]
 
     def _leaf_terms(self, names: list[str], whole: Record) -> list[Term]:
         n, width = whole.outputs.shape
@@ -266,22 +300,24 @@ class _Computation:
         if not any(sweeper.keeps_whole(group) for group in groups):
             whole.release()
         totals: dict[str, Accumulator] = {}
-        wide = wide_dtype(self.function.device)
         for group in groups:
             sweeper.run(group, whole if sweeper.keeps_whole(group) else None)
             for term in group:
                 key = self._key(term)
                 if key not in totals:
-                    totals[key] = Accumulator(n, width, wide, self.function.device, self.memory_limit // 8)
+                    totals[key] = self._accumulator(n, width)
                 term.contract(totals[key])
         if not totals:
-            totals[""] = Accumulator(n, width, wide, self.function.device, self.memory_limit // 8)
+            totals[""] = self._accumulator(n, width)
         matrices = {key: total.finish() for key, total in totals.items()}
         parts = list(matrices.values())
         matrix = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
         return Gram(
             matrix, self._paths(terms), len(whole.unused), matrices if self.blocks else None, reference.gap(matrix)
         )
+
+    def _accumulator(self, n: int, width: int) -> Accumulator:
+        return Accumulator(n, width, (self.wide, self.sums), self.function.device, self.memory_limit // 8)
 
     def _key(self, term: Term) -> str:
         name = term.names[0]

@@ -50,7 +50,13 @@ class PartialGram:
 
 
 def partial_gram(
-    function: ModelFunction, inputs: Any, rank: int, size: int, *, memory_limit: int | None = None
+    function: ModelFunction,
+    inputs: Any,
+    rank: int,
+    size: int,
+    *,
+    memory_limit: int | None = None,
+    sums: torch.dtype | None = None,
 ) -> PartialGram:
     """Part `rank` of `size` of `exact_gram`, terms shared out by their multiplications.
 
@@ -59,7 +65,7 @@ def partial_gram(
     limit = memory_limit or ROW_MEMORY
     while True:
         try:
-            return function.run(partial(_partial, _Computation(function, inputs, limit, None), rank, size))
+            return function.run(partial(_partial, _Computation(function, inputs, limit, None, sums), rank, size))
         except RuntimeError as error:
             if not is_out_of_memory(error) or limit <= _LEAST_MEMORY:
                 raise

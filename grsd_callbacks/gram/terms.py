@@ -8,6 +8,7 @@ Letters: n samples, C outputs per sample, m = n C, T positions, G groups, p and 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,15 +20,28 @@ from grsd_callbacks.layers import Call, products
 if TYPE_CHECKING:
     from grsd_callbacks.gram.contraction import Accumulator
 
-# Costs in multiplications of one large float64 product, measured on one core (AVX-512) and alike for MKL elsewhere:
-#: an elementwise pass over a float64 entry
-_PASS = 8
-#: writing an entry of a row in float32 and again in float64
-_COPY = 30
-#: a multiplication in the float32 products of single samples that make explicit rows
-_ROW = 0.6
-#: a multiplication in the products of single samples' positions
-_SMALL = 1.8
+
+@dataclass(frozen=True)
+class Rates:
+    """Costs in multiplications of one large float64 product, measured on one core (AVX-512), alike for MKL elsewhere.
+
+    Attributes:
+        large: a multiplication in a product over all samples.
+        small: a multiplication in the products of single samples' positions.
+        row: a multiplication in the float32 products of single samples that make explicit rows.
+        copy: writing an entry of a row, and again where it is widened.
+        touch: an elementwise pass over an entry.
+    """
+
+    large: float = 1.0
+    small: float = 1.8
+    row: float = 0.6
+    copy: float = 30.0
+    touch: float = 8.0
+
+
+#: by dtype of the products
+RATES = {torch.float64: Rates(), torch.float32: Rates(large=0.5, small=0.9, copy=12.0, touch=4.0)}
 
 
 class Term:
@@ -89,10 +103,12 @@ def _same_order(part: Tensor, lead: tuple[int, int]) -> Tensor:
 class FactoredTerm(Term):
     """A weight with one call: outer products, pairs of positions, or explicit rows, whichever is cheapest."""
 
-    def __init__(self, call: Call, names: list[str], n: int, width: int, span: slice = slice(None)) -> None:
+    def __init__(
+        self, call: Call, names: list[str], n: int, width: int, sums: torch.dtype, span: slice = slice(None)
+    ) -> None:
         self.call, self.names, self.calls, self.leaves = call, names, [call], []
         self.n, self.span = n, span
-        self.method, self.operations = cheapest(call, n, width)
+        self.method, self.operations = cheapest(call, n, width, RATES[sums])
         self.rows_at_once = self.method == "rows" and call.p < call.positions
         self.multiplies = self.rows_at_once
         self.kept = call.G * len(range(*span.indices(call.q))) * (call.p if self.rows_at_once else call.positions)
@@ -203,7 +219,7 @@ class LeafTerm(Term):
         total.rows(self._store.pop())
 
 
-def cheapest(call: Call, n: int, width: int) -> tuple[str, float]:
+def cheapest(call: Call, n: int, width: int, rates: Rates) -> tuple[str, float]:
     """The form that takes least, by measured rates, and its cost in multiplications of a large product.
 
     rows: m^2 G p q and m T G p q; outer (T = 1): m^2 (q + 8) + n^2 p; positions: n^2 T^2 p + n m T^2 q + m^2 T q; the
@@ -211,11 +227,12 @@ def cheapest(call: Call, n: int, width: int) -> tuple[str, float]:
     """
     m, T, p, q = n * width, call.positions, call.p, call.q
     half = triangle(n, width)
-    rows = m * call.G * p * q * (half * m + _ROW * T + _COPY)
+    rows = m * call.G * p * q * (rates.large * half * m + rates.row * T + rates.copy)
     if call.G > 1:
         return "rows", rows
-    outer = half * (m * m * (q + _PASS) + n * n * p)
-    pairs = _SMALL * (n + 1) / (2 * n) * (n * n * T * T * p + n * m * T * (T + _PASS) * q + m * m * T * q)
+    outer = half * (m * m * (rates.large * q + rates.touch) + rates.large * n * n * p)
+    pairs = n * n * T * T * p + n * m * T * (T + rates.touch) * q + m * m * T * q
+    pairs *= rates.small * (n + 1) / (2 * n)
     other = ("outer", outer) if T <= 1 else ("positions", pairs)
     return min(("rows", rows), other, key=lambda choice: choice[1])
 

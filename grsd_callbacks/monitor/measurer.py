@@ -111,7 +111,8 @@ class Measurer:
         return self.team.operator(self._unsharded, self.probe.inputs, **self._function_options())
 
     def _function_options(self) -> dict[str, Any]:
-        return {name: getattr(self.settings, name) for name in ("params", "outputs", "dtype", "memory_limit")}
+        names = ("params", "outputs", "dtype", "memory_limit", "gram_dtype")
+        return {name: getattr(self.settings, name) for name in names}
 
     def _prepare(self) -> None:
         """Run the model once on the probe: wrong use fails here, before the first step, on every rank."""

@@ -239,9 +239,7 @@ class _Shells:
         if not 0 < largest < math.inf:
             raise ValueError("the kernel on the probe is zero or not finite; the conditions have no meaning here")
         low = max(COUPLING_FLOOR * largest, float(lam[lam > 0].min()) / 10)
-        return ShellGrid.logarithmic(
-            min(low, largest / 10), largest * 10**HEADROOM, self.settings.shells_per_decade
-        )
+        return ShellGrid.logarithmic(min(low, largest / 10), largest * 10**HEADROOM, self.settings.shells_per_decade)
 
     def couplings(self, grid: ShellGrid, num_null: int, local: bool = True) -> LogShiftInvariance:
         lam, mdot, g = self.modes()

@@ -84,9 +84,7 @@ def bounded(condition: str, value: float, error: float, null: str, p_value: floa
     """The verdict on a non-negative number that has to stay below its limit."""
     lower, upper = max(value - Z * error, 0.0), value + Z * error
     lower = lower if math.isfinite(error) else math.nan
-    return Verdict(
-        condition, value, lower, upper, null, p_value, below_limit(lower, upper, LIMITS[condition][0]), note
-    )
+    return Verdict(condition, value, lower, upper, null, p_value, below_limit(lower, upper, LIMITS[condition][0]), note)
 
 
 def significant(verdict: Verdict, note: str) -> Verdict:
