@@ -226,7 +226,7 @@ class NTKOperator:
 
     def exact_gram(self, *, memory_limit: int | None = None) -> Gram:
         """As `gram`, with the paths and checks behind it."""
-        limit = memory_limit or self.gram_memory
+        limit = memory_limit or self._asked_memory
         return exact_gram(self.function, self.inputs, memory_limit=limit, sums=self.gram_dtype)
 
     def release(self) -> None:

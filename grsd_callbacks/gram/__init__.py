@@ -85,7 +85,7 @@ def exact_gram(
     function: ModelFunction,
     inputs: Any,
     *,
-    memory_limit: int = ROW_MEMORY,
+    memory_limit: int | None = None,
     blocks: str | None = None,
     sums: torch.dtype | None = None,
 ) -> Gram:
@@ -95,8 +95,8 @@ def exact_gram(
         function: the model as a function of its parameters.
         inputs: the batch, n samples.
         memory_limit: bytes of temporaries held at a time (gradients, rows, float64 copies), beside the matrix
-            and the graph of one forward on the batch. Smaller is slower, never different. Where memory runs out
-            all the same it is halved, as often as needed.
+            and the graph of one forward on the batch; None: `row_memory`. Smaller is slower, never different. Where
+            memory runs out all the same it is halved, as often as needed.
         blocks: also return the kernels of "parameter"s or "module"s, m^2 numbers each.
         sums: dtype of the products that are added up in float64; None is float64 where the device has it.
 
@@ -131,16 +131,17 @@ def exact_gram(
         raise ValueError(f"blocks must be None, 'parameter' or 'module', got {blocks!r}")
     checked_sums("sums", sums)
     while True:
+        computation = _Computation(function, inputs, memory_limit, blocks, sums)
         try:
-            return function.run(_Computation(function, inputs, memory_limit, blocks, sums).gram)
+            return function.run(computation.gram)
         except RuntimeError as error:
-            if not is_out_of_memory(error) or memory_limit <= _LEAST_MEMORY:
+            if not is_out_of_memory(error) or computation.memory_limit <= _LEAST_MEMORY:
                 raise
-        memory_limit = max(_LEAST_MEMORY, memory_limit // 2)
+        memory_limit = max(_LEAST_MEMORY, computation.memory_limit // 2)
 
 
 def gram_operations(
-    function: ModelFunction, inputs: Any, *, memory_limit: int = ROW_MEMORY, sums: torch.dtype | None = None
+    function: ModelFunction, inputs: Any, *, memory_limit: int | None = None, sums: torch.dtype | None = None
 ) -> GramEstimate:
     """Multiplications and peak memory of `exact_gram`, from one recorded forward.
 
@@ -156,19 +157,27 @@ class _Computation:
         self,
         function: ModelFunction,
         inputs: Any,
-        memory_limit: int,
+        memory_limit: int | None,
         blocks: str | None,
         sums: torch.dtype | None = None,
     ) -> None:
         self.function, self.inputs = function, inputs
-        self.memory_limit, self.blocks = memory_limit, blocks
+        self.memory_limit, self.blocks = memory_limit or 0, blocks  # 0: not known before the number of rows is
         self.wide = wide_dtype(function.device)
         self.sums = sums or self.wide
         self.n = num_samples(inputs)
         self.tolerance = TOTAL_TOLERANCE.get(function.dtype, 1e-4)
 
-    def estimate(self) -> GramEstimate:
+    def record(self) -> Record:
+        """One forward on the batch; with it, what memory may be held."""
         whole = record(self.function, self.inputs, self.n)
+        if not self.memory_limit:
+            m, P = whole.outputs.numel(), self.function.num_parameters
+            self.memory_limit = row_memory(m, P, self.function.dtype, self.function.device)
+        return whole
+
+    def estimate(self) -> GramEstimate:
+        whole = self.record()
         terms = self._terms(whole, self._check(whole)[1])
         return GramEstimate(sum(term.operations for term in terms), self._peak(terms, whole), self._paths(terms))
 
@@ -184,7 +193,7 @@ class _Computation:
 
     def gram(self) -> Gram:
         if self.function.interacting or (self.function.mode != "eval" and not self._independent()):
-            whole = record(self.function, self.inputs, self.n)
+            whole = self.record()
             return self._interacting(whole, self._check(whole)[0])
         reference, gram, why = self._structured()
         if gram is not None and gram.check_gap <= self.tolerance:
@@ -200,7 +209,7 @@ class _Computation:
         return gram
 
     def _structured(self) -> tuple[Reference, Gram | None, str]:
-        whole = record(self.function, self.inputs, self.n)
+        whole = self.record()
         reference, uses = self._check(whole)
         try:
             return reference, self._assemble(self._terms(whole, uses), whole, reference), ""
@@ -209,7 +218,7 @@ class _Computation:
 
     def _by_rows(self, reference: Reference) -> Gram:
         """Every parameter by explicit rows: of single samples if they are independent, else of the whole batch."""
-        whole = record(self.function, self.inputs, self.n)
+        whole = self.record()
         if self._independent():
             try:
                 gram = self._assemble(self._leaf_terms(list(self.function.parameters), whole), whole, reference)
@@ -217,7 +226,7 @@ class _Computation:
                 gram = None
             if gram is not None and gram.check_gap <= self.tolerance:
                 return gram
-        return self._interacting(record(self.function, self.inputs, self.n), reference)
+        return self._interacting(self.record(), reference)
 
     def _interacting(self, whole: Record, reference: Reference) -> Gram:
         """Explicit rows on the graph of the whole batch: one "sample" of m outputs."""

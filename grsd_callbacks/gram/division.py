@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from grsd_callbacks.functional import ModelFunction
-from grsd_callbacks.gram import _LEAST_MEMORY, ROW_MEMORY, Gram, _Computation
-from grsd_callbacks.gram.capture import record
+from grsd_callbacks.gram import _LEAST_MEMORY, Gram, _Computation
 from grsd_callbacks.gram.checks import Reference
 from grsd_callbacks.gram.sweep import Irregular
 from grsd_callbacks.gram.terms import Term
@@ -62,19 +61,19 @@ def partial_gram(
 
     Cost: the checks and the backward passes of `exact_gram`; about 1 / size of its contractions.
     """
-    limit = memory_limit or ROW_MEMORY
     while True:
+        computation = _Computation(function, inputs, memory_limit, None, sums)
         try:
-            return function.run(partial(_partial, _Computation(function, inputs, limit, None, sums), rank, size))
+            return function.run(partial(_partial, computation, rank, size))
         except RuntimeError as error:
-            if not is_out_of_memory(error) or limit <= _LEAST_MEMORY:
+            if not is_out_of_memory(error) or computation.memory_limit <= _LEAST_MEMORY:
                 raise
-        limit = max(_LEAST_MEMORY, limit // 2)
+        memory_limit = max(_LEAST_MEMORY, computation.memory_limit // 2)
 
 
 def _partial(computation: _Computation, rank: int, size: int) -> PartialGram:
-    function, limit = computation.function, computation.memory_limit
-    whole = record(function, computation.inputs, computation.n)
+    function = computation.function
+    whole, limit = computation.record(), computation.memory_limit
     m, unused = whole.outputs.numel(), len(whole.unused)
     if not function.interacting and (function.mode == "eval" or computation._independent()):
         reference, uses = computation._check(whole)
