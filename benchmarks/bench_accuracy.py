@@ -29,9 +29,9 @@ from benchmarks import common, nets
 from grsd_callbacks.kernel import NTKOperator
 from grsd_callbacks.krylov import Bidiagonalization
 from grsd_callbacks.losses import Residual, resolve_loss
-from grsd_callbacks.measure import default_grid
 from grsd_callbacks.shells import ShellBudget, ShellGrid, shell_budget
 from grsd_callbacks.spectrum import Eigendecomposition, SpectralMeasure, eigendecomposition, spectral_measure
+from grsd_callbacks.ways import default_grid
 
 PER_DECADE = 4
 PRODUCTS = (16, 32, 64, 128)

@@ -72,7 +72,7 @@ def traffic(
     """What a measurement sends and holds.
 
     Args:
-        method: "exact", "krylov" or "randomized".
+        method: "exact", "lanczos", "krylov" or "randomized".
         parameters, rows: P and m.
         products: `num_matvecs`;  density: `num_density_matvecs` (krylov).
         itemsize: bytes a number of the products.
@@ -91,18 +91,21 @@ def traffic(
     to_zero += vjps * (message + pull) + jvps * (message + push + spread) + both * (message + spread)
     on_all += both * pull
     collectives += 2 * vjps + 3 * jvps + 3 * both
-    if method == "exact":
+    dense = method in ("exact", "lanczos")
+    if dense:
         to_zero += message + 8 * m * m
         collectives += KERNEL
-    vectors = {"exact": m, "krylov": products + density, "randomized": products // 2}[method]
+    vectors = {"exact": m, "lanczos": products, "krylov": products + density, "randomized": products // 2}[method]
     held = (2 if work else 1) * s * P + 3 * s * P
-    return Traffic(to_zero, on_all, collectives, held + 8.0 * m * (m if method == "exact" else 1), 16.0 * m * vectors)
+    return Traffic(to_zero, on_all, collectives, held + 8.0 * m * (m if dense else 1), 16.0 * m * vectors)
 
 
 def _products(method: str, products: int, density: int) -> tuple[int, int, int]:
     """J^T v, J w and M v of one measurement."""
     if method == "exact":
         return 0, 0, 0
+    if method == "lanczos":  # the alignment with the targets
+        return 1, 0, 0
     if method == "krylov":  # and two random images, and the alignment with the targets
         return products + density + 1, products + density, 2
     rank = max(1, products // 2)

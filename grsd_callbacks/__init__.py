@@ -42,7 +42,7 @@ from grsd_callbacks.flux import KernelState, ShellFlux, four_corner_flux
 from grsd_callbacks.guard import undisturbed
 from grsd_callbacks.kernel import NTKOperator
 from grsd_callbacks.losses import Loss, resolve_loss
-from grsd_callbacks.measure import Instant, Settings, measure
+from grsd_callbacks.measure import Instant, measure
 from grsd_callbacks.monitor import ShellMonitor
 from grsd_callbacks.optimizer import StepSize, step_size
 from grsd_callbacks.outlet import MeasurementWarning
@@ -72,6 +72,7 @@ from grsd_callbacks.renormalizability import (
     verdict_table,
 )
 from grsd_callbacks.renormalizability_monitor import RenormalizabilityMonitor, regime_signs
+from grsd_callbacks.settings import Settings
 from grsd_callbacks.shells import ShellBudget, ShellGrid, shell_budget
 from grsd_callbacks.sinks import JSONLinesSink, LoggerSink, MemorySink, Sink, TensorBoardSink, read_json_lines
 from grsd_callbacks.snapshot import Snapshot

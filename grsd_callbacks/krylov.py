@@ -25,6 +25,8 @@ from torch import Tensor
 BOUND_GUARD = 1e-9
 #: nodes closer than this (relative) are one
 COINCIDENT = 4e-12
+#: relative error of singular values that are known by their squares in float64
+LANCZOS_ROUNDING = 1e-7
 #: steps between looks at the coefficients on an accelerator, which make the host wait
 LOOK_EVERY = 16
 #: numbers in one block of the bounds' root finding (1 MB, so that it stays in the cache)
@@ -105,6 +107,58 @@ def golub_kahan(
         if (j + 1) % look_every == 0 and run.end() is not None:
             break
     return run.result(norm)
+
+
+def lanczos(matrix: Tensor, start: Tensor, num_steps: int) -> Bidiagonalization:
+    """k steps of the Lanczos recurrence on a dense M, as the bidiagonal B of its Jacobi matrix T = B B^T.
+
+    Args:
+        matrix: M, shape (m, m), symmetric and positive semi-definite to rounding, float64.
+        start: r, shape (m,).
+        num_steps: k, products of M with a vector.
+
+    Returns:
+        A `Bidiagonalization`, as `golub_kahan` gives for a factor A of M; no products are counted.
+
+    Cost: k m^2 + 4 m k^2 multiplications, (k + 1) m floats.
+
+    Accuracy: eigenvalues of T to rounding of the largest, so singular values (`rounding`) to its root, 1e-7; pivots of
+        B below that are raised to it. `golub_kahan`, which never squares A, resolves more from a factor.
+    """
+    r = start.detach().to(matrix)
+    norm = float(r.norm())
+    if norm == 0.0 or not norm < float("inf"):
+        return Bidiagonalization(_row([]), _row([]), norm, r.new_zeros(r.numel(), 0), True, 0.0)
+    steps = min(num_steps, r.numel())
+    left = r.new_zeros(r.numel(), steps + 1)
+    left[:, 0] = r / norm
+    entries: list[Tensor] = []  # a_1, b_1, a_2, b_2, ...
+    for j in range(steps):
+        image = matrix @ left[:, j]
+        a = left[:, j] @ image
+        basis = left[:, : j + 1]
+        for _ in range(2):
+            image = image - basis @ (basis.T @ image)
+        b = image.norm()
+        left[:, j + 1] = image / b.clamp_min(1e-300)
+        entries += [a, b]
+    return _factored(torch.stack(entries).cpu().to(torch.float64), left, norm)
+
+
+def _factored(entries: Tensor, left: Tensor, norm: float) -> Bidiagonalization:
+    """Cholesky factor of the Jacobi matrix with diagonal a_j and off-diagonal b_j, up to where b_j is rounding."""
+    diagonal, beside = entries[0::2], entries[1::2]
+    least = LANCZOS_ROUNDING**2 * float(diagonal.abs().max())
+    ended = (beside <= least).nonzero()
+    num_steps = int(ended[0]) + 1 if len(ended) else len(diagonal)
+    exhausted = bool(len(ended)) or num_steps == left.shape[0]
+    alphas, betas = torch.zeros(num_steps, dtype=torch.float64), torch.zeros(num_steps, dtype=torch.float64)
+    for j in range(num_steps):
+        pivot = float(diagonal[j]) - (float(betas[j - 1]) ** 2 if j else 0.0)
+        alphas[j] = max(pivot, least, 1e-300) ** 0.5
+        betas[j] = 0.0 if exhausted and j == num_steps - 1 else float(beside[j] / alphas[j])
+    kept = left[:, : num_steps + (not exhausted)]
+    return Bidiagonalization(alphas, betas, norm, kept, exhausted, 0.0, LANCZOS_ROUNDING)
 
 
 class _Recurrence:

@@ -1,4 +1,7 @@
-"""Which way to the spectrum: the exact kernel, or products. Decided once, from sizes, memory and measured speed."""
+"""Which way to the spectrum: the exact kernel with all eigenpairs, with its eigenvalues only, or products.
+
+Decided once, from sizes, memory and measured speed.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,16 @@ from grsd_callbacks.probe import take
 
 #: largest m = n C for which "auto" considers the exact kernel, by device type
 MAX_EXACT = {"cpu": 1024, "cuda": 4096}
+#: and for which it considers one without its eigenvectors
+MAX_LANCZOS = {"cpu": 4096, "cuda": 16384}
 #: the exact way gives every shell, so it may cost this many times as much
 PREFERENCE = 3.0
 #: multiplications of a symmetric eigenproblem with vectors, in units of m^3
 EIGEN_OPERATIONS = 9.0
 #: eigenvectors and work space, in units of m^2 bytes
 EIGEN_BYTES = 16
+#: of one without vectors, and of a product of a dense matrix with a vector in units of m^2: that one waits for memory
+EIGENVALUE_OPERATIONS, DENSE_PRODUCT = 2.5, 11.0
 #: one kernel product, in backward passes
 PRODUCT = 2.2
 
@@ -30,9 +37,9 @@ class MethodChoice:
     """The chosen method and why.
 
     Attributes:
-        method: "exact" or "krylov".
+        method: "exact", "lanczos" or "krylov".
         reason: one clause for the report.
-        exact_seconds, krylov_seconds: expected cost of one measurement; NaN where not estimated.
+        exact_seconds, lanczos_seconds, krylov_seconds: expected cost of one measurement; NaN where not estimated.
         peak_bytes: memory that the exact kernel would take.
         paths: the form each parameter would take in it.
     """
@@ -40,6 +47,7 @@ class MethodChoice:
     method: str
     reason: str
     exact_seconds: float = float("nan")
+    lanczos_seconds: float = float("nan")
     krylov_seconds: float = float("nan")
     peak_bytes: int = 0
     paths: dict[str, str] = field(default_factory=dict)
@@ -51,7 +59,8 @@ def method_by_size(op: NTKOperator) -> str:
 
 
 def choose_by_cost(op: NTKOperator, num_products: int, memory_limit: int | None = None) -> MethodChoice:
-    """Exact if m is small enough, memory allows it, and it costs at most `PREFERENCE` times the products.
+    """Exact if m is small enough, memory allows it, and it costs at most `PREFERENCE` times the products; else lanczos
+    on the same terms (all eigenvalues, energies by their bounds); else products alone.
 
     Args:
         op: the operator on the probe.
@@ -61,8 +70,8 @@ def choose_by_cost(op: NTKOperator, num_products: int, memory_limit: int | None 
 
     Cost: a trial of the products and a recorded forward, four backward passes and one small matrix product, timed once.
     """
-    m = op.shape[0]
-    largest = MAX_EXACT.get(op.device.type, MAX_EXACT["cpu"])
+    m, device = op.shape[0], op.device.type
+    largest = MAX_LANCZOS.get(device, MAX_LANCZOS["cpu"])
     if m > largest:
         return MethodChoice("krylov", f"m = {m} is above {largest}, the most for an exact kernel on this device")
     temporaries = memory_limit or op.gram_memory
@@ -74,17 +83,22 @@ def choose_by_cost(op: NTKOperator, num_products: int, memory_limit: int | None 
     if held > bound:
         return MethodChoice("krylov", f"an exact kernel takes {_megabytes(held, bound)}")
     rate = _multiplications_per_second(op)
-    exact = (estimate.operations + EIGEN_OPERATIONS * m**3) / rate
+    kernel = estimate.operations / rate
     if any(path.startswith("rows") for path in estimate.paths.values()):
-        exact += m * _single_backward_seconds(op)
+        kernel += m * _single_backward_seconds(op)
+    exact = kernel + EIGEN_OPERATIONS * m**3 / rate
+    lanczos = kernel + (EIGENVALUE_OPERATIONS * m**3 + DENSE_PRODUCT * num_products * m**2) / rate
     krylov = PRODUCT * _backward_seconds(op) * num_products
     op.release()
-    method = "exact" if exact <= PREFERENCE * krylov else "krylov"
-    reason = (
-        f"about {exact:.2g} s and {held / 1e6:.0f} MB exact, {krylov:.2g} s by {num_products} products, "
-        f"measured on this machine"
+    fits = m <= MAX_EXACT.get(device, MAX_EXACT["cpu"])
+    method = (
+        "exact" if fits and exact <= PREFERENCE * krylov else "lanczos" if lanczos <= PREFERENCE * krylov else "krylov"
     )
-    return MethodChoice(method, reason, exact, krylov, estimate.peak_bytes, estimate.paths)
+    reason = (
+        f"about {exact:.2g} s and {held / 1e6:.0f} MB exact, {lanczos:.2g} s without eigenvectors, {krylov:.2g} s by "
+        f"{num_products} products, measured on this machine"
+    )
+    return MethodChoice(method, reason, exact, lanczos, krylov, estimate.peak_bytes, estimate.paths)
 
 
 def _megabytes(held: float, bound: float) -> str:

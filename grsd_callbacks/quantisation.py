@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from grsd_callbacks.exponents import PowerLawFit, fit_power_law
 from grsd_callbacks.functional import ModelFunction
 from grsd_callbacks.losses import Loss, calibrate, resolve_loss
-from grsd_callbacks.measure import Settings, measure_with_operator
+from grsd_callbacks.measure import measure_with_operator
 from grsd_callbacks.probe import Probe, probe_from
+from grsd_callbacks.settings import Settings
 
 #: shells with fewer modes are left out of the fit over lambda
 MIN_MODES = 3

@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from grsd_callbacks.exponents import PowerLawFit
 from grsd_callbacks.kernel import NTKOperator
 from grsd_callbacks.losses import Loss
-from grsd_callbacks.measure import Settings, choose_method, counted
+from grsd_callbacks.measure import choose_method
 from grsd_callbacks.method import MethodChoice
+from grsd_callbacks.settings import Settings
 from grsd_callbacks.snapshot import Snapshot
 from grsd_callbacks.spectrum import relative_floor
 from grsd_callbacks.trajectory import exponent_closures
+from grsd_callbacks.ways import counted
 
 EXPONENT_NAMES = {
     "a_start": "spectrum  lambda_i ~ i^-a at the start",
@@ -94,6 +96,7 @@ def start_report(
 def _how(method: str, settings: Settings) -> str:
     return {
         "exact": "exact kernel and eigendecomposition",
+        "lanczos": f"exact kernel, its eigenvalues, and {settings.num_matvecs} products with it (energies)",
         "krylov": f"{settings.num_matvecs} + {settings.num_density_matvecs} kernel products (energies + counts)",
         "randomized": f"range finder with {settings.num_matvecs} kernel products, top of the spectrum only",
     }[method]
@@ -109,7 +112,7 @@ def _precision(op: NTKOperator, method: str) -> str:
     """The measured function is that of the parameters as they are kept, without autocast."""
     named = dict(op.function.model.named_parameters())
     kept = sorted({str(named[name].dtype)[6:] for name in op.parameter_names})
-    floor = relative_floor(op, exact=method == "exact")
+    floor = relative_floor(op, exact=method in ("exact", "lanczos"))
     copies = f"{str(op.dtype)[6:]} copies of {' and '.join(kept)} parameters"
     return f"{copies}, autocast off; eigenvalues down to {floor:.0e} lambda_max are resolved"
 
@@ -118,10 +121,11 @@ def _kernel_lines(method: str, choice: MethodChoice | None) -> list[str]:
     """Forms of the parameters in the exact kernel, and the expected cost of a measurement."""
     if choice is None:
         return []
-    seconds = {"exact": choice.exact_seconds, "krylov": choice.krylov_seconds}.get(method, math.nan)
-    lines = [counted(choice.paths)] if method == "exact" and choice.paths else []
+    seconds = getattr(choice, f"{method}_seconds", math.nan)
+    has_kernel = method in ("exact", "lanczos")
+    lines = [counted(choice.paths)] if has_kernel and choice.paths else []
     if math.isfinite(seconds):
-        memory = f" and {choice.peak_bytes / 1e6:.3g} MB" if method == "exact" else ""
+        memory = f" and {choice.peak_bytes / 1e6:.3g} MB" if has_kernel else ""
         lines.append(f"arithmetic of about {seconds:.2g} s{memory} a measurement")
     return lines
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from grsd_callbacks.losses import Loss
-from grsd_callbacks.measure import Settings
 from grsd_callbacks.probe import Probe, plain_leaves
+from grsd_callbacks.settings import Settings
 
 #: settings that the meaning of the numbers depends on
 SETTINGS = ("method", "shells_per_decade", "params", "outputs", "dtype", "gram_dtype", "seed")

@@ -156,7 +156,7 @@ class Run:
                 frozen_energy,
                 state.eigenvalues,
                 (state.vectors.T @ state.residual.to(state.vectors)) ** 2,
-                exact=instant.weights is None,
+                exact=state.is_complete,
                 floor=instant.summary["floor"],
             )
 

@@ -26,7 +26,7 @@ class Snapshot:
         flow_time: sum of learning rates up to here (heavy ball: lr / (1 - momentum)).
         loss: L on the probe.   grad_norm_sq: |grad L|^2 on the probe, from an independent backward pass.
         nu: scale in M = nu J J^T.   num_samples, num_outputs: n and C of the probe, m = n C.
-        method: "exact", "krylov" or "randomized".
+        method: "exact", "lanczos", "krylov" or "randomized".
         edges: shell edges, shape (B + 1,), 1/flow time.
         energy, dissipation, counts: per shell, shape (B + 2,). Energies sum to the loss (squared loss), dissipation
             to |grad L|^2.

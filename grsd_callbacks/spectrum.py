@@ -11,7 +11,7 @@ from torch import Tensor
 
 from grsd_callbacks.arguments import checked, positive
 from grsd_callbacks.kernel import NTKOperator
-from grsd_callbacks.krylov import Bidiagonalization, cumulative_bounds, gauss_rule, golub_kahan
+from grsd_callbacks.krylov import Bidiagonalization, cumulative_bounds, gauss_rule, golub_kahan, lanczos
 from grsd_callbacks.losses import wide_dtype
 
 #: relative floor of resolvable eigenvalues, by dtype of the products (sums are in float64)
@@ -132,11 +132,11 @@ class SpectralMeasure:
 
 
 @checked
-def spectral_measure(op: NTKOperator, start: Tensor, num_matvecs: int, nu: float = 1.0) -> SpectralMeasure:
-    """Spectral measure of `start` under M = nu J J^T by Golub-Kahan bidiagonalisation.
+def spectral_measure(op: NTKOperator | Tensor, start: Tensor, num_matvecs: int, nu: float = 1.0) -> SpectralMeasure:
+    """Spectral measure of `start` under M = nu J J^T: Golub-Kahan on products, Lanczos on a dense kernel.
 
     Args:
-        op: the operator J J^T.
+        op: the operator J J^T, or its dense matrix, shape (m, m), float64.
         start: r, shape (m,).
         num_matvecs: kernel products to spend (one J^T u and one J v each).
         nu: scale of the loss.
@@ -144,16 +144,18 @@ def spectral_measure(op: NTKOperator, start: Tensor, num_matvecs: int, nu: float
     Returns:
         A `SpectralMeasure`: totals exact, cumulative measure bounded; exact once num_matvecs reaches m.
 
-    Cost: `num_matvecs` kernel products, (k + 1) m floats.
+    Cost: `num_matvecs` kernel products (dense: as many products of a matrix with a vector), (k + 1) m floats.
 
     Accuracy: bounds are rigorous for the products as computed; resolves about 2 log10(k) decades below
-        lambda_max before they grow wide.
+        lambda_max before they grow wide. Dense: eigenvalues are rounding below 1e-14 lambda_max.
     """
     if not isinstance(num_matvecs, int) or num_matvecs < 1:
         raise ValueError(f"num_matvecs must be a positive integer, got {num_matvecs!r}")
     if start.dim() != 1 or start.numel() != op.shape[0]:
         raise ValueError(f"start must have shape ({op.shape[0]},), got {tuple(start.shape)}")
     root = math.sqrt(positive("nu", nu))
+    if isinstance(op, Tensor):
+        return SpectralMeasure(lanczos(nu * op.to(wide_dtype(op.device)), start, num_matvecs))
     return SpectralMeasure(
         op.run(lambda: golub_kahan(lambda w: root * op.jvp(w), lambda u: root * op.vjp(u), start, num_matvecs))
     )

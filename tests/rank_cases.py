@@ -32,6 +32,7 @@ from grsd_callbacks.team import SharedOperator
 METHODS = {
     "exact": {"method": "exact", "transfer": True},
     "krylov": {"method": "krylov", "num_matvecs": 6, "num_density_matvecs": 4},
+    "lanczos": {"method": "lanczos", "num_matvecs": 6},
     "randomized": {"method": "randomized", "num_matvecs": 6},
 }
 DTYPES = {"float64": torch.float64, "float32": torch.float32}

@@ -42,7 +42,7 @@ HOT = cases.one_hot(Y)
         ({"loss": 3}, TypeError, "loss must be 'auto', 'mse', 'cross_entropy' or a callable, got int"),
         ({"loss": nn.MSELoss(reduction="none")}, ValueError, "has no scalar value; use 'mean' or 'sum'"),
         ({"loss": "mse", "nu": -1.0}, ValueError, "nu must be a positive number, got -1.0"),
-        ({"method": "lanczos"}, ValueError, "method must be one of .*'exact', 'krylov'.* got 'lanczos'"),
+        ({"method": "arnoldi"}, ValueError, "method must be one of .*'exact', 'lanczos', 'krylov'.* got 'arnoldi'"),
         ({"num_matvecs": 1}, ValueError, "num_matvecs must be an integer of at least 2, got 1"),
         ({"shells_per_decade": 0}, ValueError, "shells_per_decade must be an integer of at least 1, got 0"),
         ({"dtype": "float16"}, ValueError, "dtype must be 'float32', 'float64' or None, got 'float16'"),

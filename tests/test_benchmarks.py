@@ -24,12 +24,16 @@ def run(script, tmp_path, *more):
 
 
 def test_kernel(tmp_path, capsys):
-    methods = ("tutorial-contraction", "nngeometry", "neural-tangents")
+    methods = ("ours-float32", "tutorial-contraction", "nngeometry", "neural-tangents")
     (found,) = run(bench_kernel, tmp_path, "--cases", "mlp", "--rounds", "2", "--methods", *methods)
     ours, contraction = found["methods"]["ours"], found["methods"]["tutorial-contraction"]
     assert found["m"] == 16 and ours["seconds"] > 0 and ours["peak_bytes"] >= 0 and ours["relative_error"] == 0
     assert contraction["seconds_over_ours"] > 0 and contraction["relative_error"] < 1e-5
-    assert found["best_peer"]["method"] in found["methods"] and found["best_peer"]["speed_up"] > 0
+    best = found["best_peer"]
+    assert best["method"] in ("tutorial-contraction", "nngeometry")
+    assert set(best["speed_up"]) == {"ours", "ours-float32"} == set(best["our_memory_over_its"])
+    assert best["speed_up"]["ours"] == pytest.approx(found["methods"][best["method"]]["seconds_over_ours"])
+    assert 0 < found["methods"]["ours-float32"]["relative_error"] < 1e-5
     shown = capsys.readouterr().out
     for absent in ("nngeometry", "neural-tangents"):
         if found["methods"][absent]["status"] == "not installed":

@@ -175,7 +175,7 @@ def test_the_schedule_is_rank_zeros_decision(ranks):
 @pytest.mark.parametrize("method", rank_cases.METHODS)
 def test_the_calculation_of_traffic_is_what_is_sent(ranks, method):
     sent, num, rows, parameters = ranks[0][f"traffic {method}"]
-    options = {"exact": (0, 0), "krylov": (6, 4), "randomized": (6, 0)}[method]
+    options = {"exact": (0, 0), "lanczos": (6, 0), "krylov": (6, 4), "randomized": (6, 0)}[method]
     one = communication.traffic(method, parameters, rows, options[0], density=options[1], itemsize=8)
     assert sent == pytest.approx(one.payload, rel=0.01)
     assert num == one.collectives

@@ -118,6 +118,7 @@ WAYS = {
     "exact": {"method": "exact"},
     "transfer": {"method": "exact", "transfer": True},
     "krylov": {"method": "krylov", "num_matvecs": 6, "num_density_matvecs": 4},
+    "lanczos": {"method": "lanczos", "num_matvecs": 8},
     "randomized": {"method": "randomized", "num_matvecs": 8},
 }
 
@@ -127,10 +128,12 @@ WAYS = {
     [
         ("exact", AT, 17),
         ("krylov", AT, 37),
+        ("lanczos", AT, 61),
         ("exact", 4, 37),
         pytest.param("exact", AT, 1, marks=pytest.mark.slow),
         pytest.param("transfer", AT, 1, marks=pytest.mark.slow),
         pytest.param("krylov", AT, 1, marks=pytest.mark.slow),
+        pytest.param("lanczos", AT, 1, marks=pytest.mark.slow),
         pytest.param("randomized", AT, 1, marks=pytest.mark.slow),
         pytest.param("exact", 4, 1, marks=pytest.mark.slow),
     ],

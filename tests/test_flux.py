@@ -10,9 +10,10 @@ from torch import nn
 from grsd_callbacks import testing as known
 from grsd_callbacks.flux import KernelState, flux_from_transport, four_corner_flux, no_flux
 from grsd_callbacks.losses import Loss, resolve_loss
-from grsd_callbacks.measure import Settings, measure
+from grsd_callbacks.measure import measure
 from grsd_callbacks.monitor import ShellMonitor
 from grsd_callbacks.probe import Probe
+from grsd_callbacks.settings import Settings
 from grsd_callbacks.shells import ShellGrid
 
 GRID = ShellGrid.logarithmic(1e-3, 10.0)

@@ -11,8 +11,9 @@ from grsd_callbacks import ShellDynamicsCallback
 from grsd_callbacks.functional import ModelFunction
 from grsd_callbacks.kernel import NTKOperator
 from grsd_callbacks.losses import resolve_loss
-from grsd_callbacks.measure import Settings, measure
+from grsd_callbacks.measure import measure
 from grsd_callbacks.probe import Probe
+from grsd_callbacks.settings import Settings
 from grsd_callbacks.training_step import observe_step, step_pair
 
 transformers = pytest.importorskip("transformers")

@@ -8,10 +8,12 @@ from nets import orthogonal, randn
 from torch import nn
 
 from grsd_callbacks import krylov
-from grsd_callbacks.krylov import cumulative_bounds, gauss_rule, golub_kahan
+from grsd_callbacks.krylov import cumulative_bounds, gauss_rule, golub_kahan, lanczos
 from grsd_callbacks.losses import resolve_loss
-from grsd_callbacks.measure import Settings, measure
+from grsd_callbacks.measure import measure
 from grsd_callbacks.probe import Probe
+from grsd_callbacks.settings import Settings
+from grsd_callbacks.spectrum import SpectralMeasure, spectral_measure
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -298,3 +300,73 @@ def test_looking_rarely_changes_nothing(monkeypatch, rank):
     assert found.exhausted and often.exhausted and asked[-1] == 16 and found.num_products >= often.num_products
     for name in ("alphas", "betas", "left"):
         assert torch.equal(getattr(found, name), getattr(often, name))
+
+
+# ---- on a dense kernel ----
+
+
+def dense(lam, r, seed=0):
+    """A kernel with these eigenvalues, and the vector with these components."""
+    Q = orthogonal(len(lam), seed=seed)
+    return (Q * lam) @ Q.T, Q @ r
+
+
+def test_lanczos_finds_the_coefficients_of_a_factor():
+    lam, r = random_measure(3, m=30, decades=3)
+    K, v = dense(lam, r)
+    expected, found = diagonal(lam, r, 12), lanczos(K, v, 12)
+    torch.testing.assert_close(found.alphas, expected.alphas, rtol=1e-8, atol=0)
+    torch.testing.assert_close(found.betas, expected.betas, rtol=1e-8, atol=0)
+    U = found.left
+    assert U.shape == (30, 13) and not found.exhausted and found.norm == pytest.approx(float(r.norm()))
+    torch.testing.assert_close(U.T @ U, torch.eye(13).double(), rtol=0, atol=1e-13)
+    T = found.factor() @ found.factor().T
+    torch.testing.assert_close(U[:, :12].T @ K @ U[:, :12], T, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_the_truth_lies_within_the_bounds_of_lanczos(seed):
+    lam, r = random_measure(seed)
+    K, v = dense(lam, r, seed)
+    for k in (2, 3, 8, 21, 50):
+        found = SpectralMeasure(lanczos(K, v, k))
+        points = points_for(lam, found.bidiagonal)
+        points = points[(points > 1e-13 * lam.max()) | (points < 1e-20)]  # between lies the rounding of K itself
+        for weights, (lower, upper) in (
+            (r**2, found.bounds(points)),
+            (lam * r**2, found.dissipation_bounds(points)),
+        ):
+            truth = below(lam, weights, points)
+            assert float((lower - truth).max()) < 1e-12 and float((truth - upper).max()) < 1e-12
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_lanczos_ends_where_the_space_does(rank):
+    lam, r = torch.zeros(20).double(), torch.ones(20).double()
+    lam[:rank] = 10.0 ** -torch.arange(rank, dtype=torch.float64)
+    found = SpectralMeasure(lanczos(*dense(lam, r), 20))
+    assert found.bidiagonal.exhausted and found.bidiagonal.num_steps == rank + 1
+    torch.testing.assert_close(found.nodes[1:], lam[:rank].flip(0), rtol=1e-6, atol=0)
+    assert float(found.nodes[0]) < 1e-13 and float(found.weights[0]) == pytest.approx(20 - rank, rel=1e-6)
+    assert found.dissipation == pytest.approx(float(lam.sum()))
+    everything = SpectralMeasure(lanczos(*dense(*random_measure(0, m=9, decades=2)), 50))
+    assert everything.bidiagonal.exhausted and everything.bidiagonal.num_steps == 9
+
+
+def test_lanczos_from_nothing_and_from_the_null_space():
+    K, _ = dense(torch.tensor([1.0, 0.5, 0.0]).double(), torch.ones(3).double())
+    for start in (torch.zeros(3).double(), torch.full((3,), math.inf).double()):
+        empty = SpectralMeasure(lanczos(K, start, 3))
+        assert empty.bidiagonal.exhausted and empty.nodes.numel() == 0 and empty.dissipation == 0.0
+    null = SpectralMeasure(lanczos(torch.zeros(3, 3).double(), torch.ones(3).double(), 3))
+    assert null.bidiagonal.exhausted and float(null.mass) == pytest.approx(3.0) and null.dissipation < 1e-200
+
+
+def test_a_measure_of_a_dense_kernel_carries_nu():
+    lam, r = random_measure(2, m=12, decades=2)
+    K, v = dense(lam, r)
+    once, scaled = spectral_measure(K, v, 5), spectral_measure(K, v, 5, nu=0.25)
+    torch.testing.assert_close(scaled.nodes, 0.25 * once.nodes)
+    torch.testing.assert_close(scaled.weights, once.weights)
+    with pytest.raises(ValueError, match=r"start must have shape \(12,\), got \(3,\)"):
+        spectral_measure(K, torch.ones(3), 5)

@@ -11,9 +11,11 @@ from torch import nn
 from grsd_callbacks import testing as known
 from grsd_callbacks.exponents import fit_energy, fit_loss, fit_spectrum
 from grsd_callbacks.losses import resolve_loss
-from grsd_callbacks.measure import BadState, Settings, choose_method, default_grid, measure, measure_with_operator
+from grsd_callbacks.measure import BadState, choose_method, measure, measure_with_operator
 from grsd_callbacks.probe import Probe
+from grsd_callbacks.settings import Settings
 from grsd_callbacks.shells import ShellGrid
+from grsd_callbacks.ways import default_grid
 
 KRYLOV = dict(method="krylov", num_density_matvecs=0)
 
@@ -109,6 +111,35 @@ def test_true_shells_lie_within_the_krylov_bounds(name, k):
     assert float(found.counts.sum()) == pytest.approx(y.numel(), rel=1e-9)
 
 
+@pytest.mark.parametrize("k", [2, 8, 1000])
+@pytest.mark.parametrize("name", MAIN)
+def test_without_eigenvectors_all_but_the_shells_is_exact(name, k):
+    model, x, y = case(name)
+    grid = ShellGrid.logarithmic(1e-6, 10.0)
+    exact = measure(model, Probe(x, y), resolve_loss("mse"), grid=grid)
+    found = measure(model, Probe(x, y), resolve_loss("mse"), Settings(method="lanczos", num_matvecs=k), grid)
+    assert found.method == "lanczos" and found.weights is None and found.paths == exact.paths
+    torch.testing.assert_close(found.eigenvalues, exact.eigenvalues, rtol=0, atol=1e-13 * float(exact.eigenvalues[0]))
+    assert torch.equal(found.budget.counts, exact.budget.counts)
+    assert torch.equal(found.budget.count_bounds[0], found.budget.count_bounds[1])
+    for key in ("lambda_max", "trace", "effective_rank", "mean_eigenvalue", "residual_norm_sq", "floor"):
+        assert found.summary[key] == pytest.approx(exact.summary[key], rel=1e-9), key
+    for what in ("energy", "dissipation"):
+        truth, (low, high) = getattr(exact.budget, what), getattr(found.budget, f"{what}_bounds")
+        slack = 1e-9 * float(truth.sum())
+        assert bool((low - slack <= truth).all()) and bool((truth <= high + slack).all())
+        assert float(getattr(found.budget, what).sum()) == pytest.approx(float(truth.sum()), rel=1e-9)
+    if k >= y.numel():
+        torch.testing.assert_close(found.budget.energy, exact.budget.energy, rtol=1e-6, atol=1e-12 * exact.loss)
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_without_a_grid_it_is_that_of_the_exact_way(name):
+    model, x, y = case(name)
+    exact, found = (measure(model, Probe(x, y), resolve_loss("mse"), Settings(m)).budget for m in ("exact", "lanczos"))
+    torch.testing.assert_close(found.grid.edges, exact.grid.edges, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("name", MAIN)
 def test_scalars_against_the_dense_kernel(name):
     model, x, y = case(name)
@@ -145,7 +176,7 @@ def test_krylov_trace_is_an_estimate_with_an_error():
 def test_the_model_is_left_bit_identical():
     model, x, y = case("transformer")
     before = {name: (p.clone(), p._version) for name, p in model.named_parameters()}
-    for options in ({}, KRYLOV):
+    for options in ({}, {"method": "lanczos"}, KRYLOV):
         measure(model, Probe(x, y), resolve_loss("mse"), Settings(**options))
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name][0]) and p._version == before[name][1] and p.grad is None
@@ -304,7 +335,7 @@ def test_a_tenth_of_the_learning_rate_changes_nothing_but_the_number_of_steps():
 
 def test_zero_residual_gives_zeros():
     model, x, _ = case("mlp")
-    for options in ({}, {"method": "krylov"}):
+    for options in ({}, {"method": "lanczos"}, {"method": "krylov"}):
         found = measure(model, Probe(x, model(x).detach()), resolve_loss("mse"), Settings(**options))
         assert found.loss == 0.0 and float(found.budget.energy.abs().sum()) == 0.0
         assert float(found.budget.dissipation.abs().sum()) == 0.0 and math.isnan(found.summary["mean_eigenvalue"])
@@ -336,7 +367,7 @@ def test_auto_takes_the_exact_path_while_it_is_small():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"method": "lanczos"}, "method must be one of"),
+        ({"method": "arnoldi"}, "method must be one of"),
         ({"num_matvecs": 1}, "num_matvecs must be an integer of at least 2, got 1"),
         ({"num_matvecs": True}, "num_matvecs"),
         ({"num_density_matvecs": -1}, "num_density_matvecs must be an integer of at least 0"),

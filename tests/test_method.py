@@ -10,7 +10,7 @@ from torch import nn
 from grsd_callbacks import method
 from grsd_callbacks.gram import GramEstimate
 from grsd_callbacks.kernel import NTKOperator
-from grsd_callbacks.method import MAX_EXACT, choose_by_cost, method_by_size
+from grsd_callbacks.method import MAX_EXACT, MAX_LANCZOS, choose_by_cost, method_by_size
 from grsd_callbacks.monitor import ShellMonitor
 
 
@@ -49,12 +49,37 @@ def test_never_beyond_the_memory_bound(monkeypatch):
     assert choose_by_cost(op, 10**6, memory_limit=1000).reason.startswith("an exact kernel's eigenvectors take")
 
 
-def test_above_the_device_s_size():
+@pytest.mark.parametrize("products, expected", [(10**6, "lanczos"), (1, "krylov")])
+def test_above_the_size_for_eigenvectors(products, expected):
+    """Without them where that pays, else by products."""
     op = NTKOperator(nn.Linear(2, 40).double(), randn(40, 2))
-    assert op.shape[0] == 1600 > MAX_EXACT["cpu"]
-    found = choose_by_cost(op, 10)
-    assert found.method == "krylov" == method_by_size(op) and "m = 1600 is above 1024" in found.reason
+    assert MAX_EXACT["cpu"] < op.shape[0] == 1600 < MAX_LANCZOS["cpu"]
+    found = choose_by_cost(op, products)
+    assert found.method == expected and "without eigenvectors" in found.reason
+    assert (found.lanczos_seconds <= 3 * found.krylov_seconds) == (expected == "lanczos")
+    assert method_by_size(op) == "krylov"  # without a trial
+
+
+def test_eigenvectors_are_left_out_where_they_are_what_costs_too_much(monkeypatch):
+    monkeypatch.setattr(method, "EIGEN_OPERATIONS", 1e12)
+    found = choose_by_cost(operator(), 96)
+    assert found.method == "lanczos" and found.lanczos_seconds <= 3 * found.krylov_seconds < found.exact_seconds
+
+
+def test_above_the_device_s_size(monkeypatch):
+    monkeypatch.setattr(method, "MAX_LANCZOS", {"cpu": 20})
+    found = choose_by_cost(operator(), 10)
+    assert found.method == "krylov" and "m = 21 is above 20" in found.reason
     assert MAX_EXACT["cuda"] > MAX_EXACT["cpu"]
+
+
+def test_a_monitor_without_eigenvectors():
+    net, x = mlp().float(), torch.randn(7, 5)
+    monitor = ShellMonitor(net, "mse", (x, torch.zeros(7, 3)), method="lanczos", num_matvecs=8, on_error="raise")
+    (line,) = [line for line in monitor.report.splitlines() if line.startswith("  method")]
+    assert "lanczos: exact kernel, its eigenvalues, and 8 products with it (energies) (as asked for)" in line
+    assert any(line.startswith("  kernel      linear") for line in monitor.report.splitlines())
+    assert monitor.step(0, lr=0.1).method == "lanczos"
 
 
 @pytest.mark.parametrize("memory_limit, chosen", [(None, "exact"), (2000, "krylov")])

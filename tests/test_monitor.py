@@ -448,7 +448,7 @@ def test_steps_that_go_backwards_are_one_warning():
         monitor.step(0, lr=0.1)
 
 
-@pytest.mark.parametrize("method", ["krylov", "randomized"])
+@pytest.mark.parametrize("method", ["lanczos", "krylov", "randomized"])
 def test_incomplete_bases_keep_work_and_frozen_share_honest(method):
     net, x, y = problem()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)

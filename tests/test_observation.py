@@ -10,10 +10,11 @@ from torch import nn
 from grsd_callbacks import ShellDynamicsCallback, ShellMonitor
 from grsd_callbacks.functional import ModelFunction
 from grsd_callbacks.losses import resolve_loss
-from grsd_callbacks.measure import Settings, measure
+from grsd_callbacks.measure import measure
 from grsd_callbacks.observation import MAX_ROWS, Sketch, choose_observe
 from grsd_callbacks.observation import observed as reduce
 from grsd_callbacks.probe import Probe
+from grsd_callbacks.settings import Settings
 
 N = 7
 INPUTS, CLASSES = randn(N, 5, seed=1), randint(3, N, seed=2)

@@ -16,8 +16,9 @@ from grsd_callbacks.functional import ModelFunction
 from grsd_callbacks.guard import undisturbed
 from grsd_callbacks.kernel import NTKOperator
 from grsd_callbacks.losses import calibrate, resolve_loss
-from grsd_callbacks.measure import Settings, measure
+from grsd_callbacks.measure import measure
 from grsd_callbacks.probe import Probe, probe_from
+from grsd_callbacks.settings import Settings
 from grsd_callbacks.training_step import (
     StepRunner,
     batch_type,

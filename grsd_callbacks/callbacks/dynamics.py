@@ -26,13 +26,13 @@ from grsd_callbacks.distributed import Group
 from grsd_callbacks.functional import select_parameters
 from grsd_callbacks.guard import DisturbedTraining
 from grsd_callbacks.losses import Loss
-from grsd_callbacks.measure import Settings
 from grsd_callbacks.monitor import ShellMonitor, check_num_probe, check_options, make_schedule
 from grsd_callbacks.observation import check_observe
 from grsd_callbacks.optimizer import step_size
 from grsd_callbacks.outlet import first_line, remedy, warn
 from grsd_callbacks.paths import import_lazily_loaded
 from grsd_callbacks.probe import Probe, probe_from, restored
+from grsd_callbacks.settings import Settings
 from grsd_callbacks.sharded import Twin, is_sharded
 from grsd_callbacks.sinks import MetricsSink, Sink
 from grsd_callbacks.snapshot import Snapshot
@@ -57,7 +57,7 @@ class ShellDynamicsCallback(*facts.BASES):  # type: ignore[misc]
         num_probe: samples on the probe; None: so many that samples x outputs is about 320 (CPU) or 2,048 (GPU).
         every_n_steps: optimizer steps between measurements; None is the default schedule.
         max_overhead: largest share of the training time for the default schedule; None: no limit.
-        method: "auto" (exact while samples x outputs is small), "exact", "krylov" or "randomized".
+        method: "auto" (exact while samples x outputs is small), "exact", "lanczos", "krylov" or "randomized".
         num_matvecs: kernel products for energies where not exact.
         num_density_matvecs: kernel products for eigenvalue counts where not exact; 0 for none.
         shells_per_decade: shells a decade of eigenvalues.

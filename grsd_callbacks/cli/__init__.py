@@ -82,7 +82,7 @@ def _model_options(p: argparse.ArgumentParser, data_needed: bool) -> None:
     p.add_argument("--loss", default="auto", metavar="LOSS",
                    help=f"mse, cross_entropy, {where}, or auto: the module's own (default)")  # fmt: skip
     p.add_argument("--num-probe", type=int, metavar="N", help="samples (default: samples x outputs about 320)")
-    p.add_argument("--method", default="auto", choices=("auto", "exact", "krylov", "randomized"))
+    p.add_argument("--method", default="auto", choices=("auto", "exact", "lanczos", "krylov", "randomized"))
     p.add_argument("--num-matvecs", type=int, default=64, metavar="K", help="kernel products where not exact")
     p.add_argument("--shells-per-decade", type=int, default=3, metavar="N")
     p.add_argument("--device", default="cpu", help="where to measure (default: cpu)")

@@ -17,8 +17,8 @@ from torch import nn
 from grsd_callbacks.cli.runlog import UsageError
 from grsd_callbacks.kernel import NTKOperator
 from grsd_callbacks.losses import Loss, calibrate, check_pair, resolve_loss
-from grsd_callbacks.measure import Settings
 from grsd_callbacks.probe import Probe, probe_from, samples_wanted
+from grsd_callbacks.settings import Settings
 
 
 @dataclass(eq=False)

@@ -33,7 +33,7 @@ def dissipation(axes: Axes, run: Run) -> None:
     D, bounds_2an = run.stack("dissipation"), run.stack("dissipation_bounds")
     _positive(axes, run, D, "Dissipation: where the loss is removed", r"dissipation $D_a$  (loss / flow time)")
     wide = ~(bounds_2an[1] - bounds_2an[0] <= 2 * RESOLVED_FRACTION * D) & ~(bounds_2an[1] <= NEGLIGIBLE * D.sum(0))
-    is_exact = np.array([s.weights is None for s in run.history])
+    is_exact = np.array([s.method == "exact" for s in run.history])
     unknown = np.where(is_exact, run.stack("resolved") == 0, wide)
     drawing.hatch(axes, run.cells(), drawing.shell_limits(run.edges), unknown, "////", "not resolved")
     drawing.legend(axes, loc="upper right")

@@ -14,7 +14,7 @@ from grsd_callbacks.functional import ModelFunction
 from grsd_callbacks.guard import DisturbedTraining
 from grsd_callbacks.kernel import NTKOperator
 from grsd_callbacks.losses import Loss, calibrate, check_pair
-from grsd_callbacks.measure import Instant, Settings, measure_with_operator, operator_for
+from grsd_callbacks.measure import Instant, measure_with_operator, operator_for
 from grsd_callbacks.method import choose_by_cost
 from grsd_callbacks.monitor.stopwatch import Stopwatch
 from grsd_callbacks.observation import observed
@@ -25,6 +25,7 @@ from grsd_callbacks.refusals import check_derivative, explained
 from grsd_callbacks.report import start_report
 from grsd_callbacks.run import Pending, Run
 from grsd_callbacks.schedule import FixedSchedule, LogSchedule
+from grsd_callbacks.settings import Settings
 from grsd_callbacks.sharded import Twin, is_sharded
 from grsd_callbacks.snapshot import Snapshot
 from grsd_callbacks.team import Team

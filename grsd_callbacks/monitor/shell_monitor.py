@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 from grsd_callbacks.distributed import Group
 from grsd_callbacks.exponents import PowerLawFit
 from grsd_callbacks.losses import resolve_loss
-from grsd_callbacks.measure import Settings
 from grsd_callbacks.monitor.arguments import (
     check_num_probe,
     check_options,
@@ -36,6 +35,7 @@ from grsd_callbacks.probe import Probe, plain_leaves, probe_from, restored
 from grsd_callbacks.report import summary_table
 from grsd_callbacks.resume import changed_arguments, plain_arguments, same_probe
 from grsd_callbacks.run import Run
+from grsd_callbacks.settings import Settings
 from grsd_callbacks.sharded import Twin
 from grsd_callbacks.snapshot import Snapshot
 from grsd_callbacks.team import Team
