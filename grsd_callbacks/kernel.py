@@ -215,7 +215,8 @@ class NTKOperator:
         """J J^T V: (m,) -> (m,) or (m, k) -> (m, k). Never holds more than a block of vectors of P numbers."""
         V = self._vectors(V, self.shape[0], "V")
         if V.dim() == 1:
-            return self.jvp(self.vjp(V))
+            self.forward_path  # noqa: B018  chosen before the loop
+            return self._surviving(lambda: self._pushed(self._filled(self._pulled(V))))
         size = self.run(lambda: self._columns_at_once("vjp", V))
         parts = [self.jvp(self.vjp(block)) for block in V.split(size, dim=1)]
         return torch.cat(parts, dim=1) if parts else V.clone()
@@ -259,28 +260,40 @@ class NTKOperator:
 
     def _vjp(self, v: Tensor, *, batched: bool = False) -> Tensor:
         """J^T v: (m,) -> (P,), batched (k, m) -> (k, P)."""
+        pulled = self._pulled(v, batched=batched)
+        if not batched:
+            return self.flatten(pulled)
+        return torch.cat([t.reshape(len(v), -1) for t in self._filled(pulled, len(v))], dim=1)
+
+    def _pulled(self, v: Tensor, *, batched: bool = False) -> list[Tensor | None]:
+        """J^T v in the parameters' shapes; None is zero."""
         total: list[Tensor | None] = [None] * len(self.function.parameters)
         for index, part in zip(self._chunks(), self._split(v), strict=True):
             pulled = self._products(index).vjp(part, batched=batched)
             total = [_plus(a, b) for a, b in zip(total, pulled, strict=True)]
         self.num_products += 0.5 * (len(v) if batched else 1)
-        if not batched:
-            return self.flatten(total)
-        leaves = self.function.parameters.values()
-        filled = [v.new_zeros(len(v), *p.shape) if t is None else t for t, p in zip(total, leaves, strict=True)]
-        return torch.cat([t.reshape(len(v), -1) for t in filled], dim=1)
+        return total
+
+    def _filled(self, tensors: list[Tensor | None], *lead: int) -> list[Tensor]:
+        """One tensor per parameter, dense and without a graph, zeros for None."""
+        pairs = zip(map(dense, tensors), self.function.parameters.values(), strict=True)
+        return [p.new_zeros(*lead, *p.shape) if t is None else t.detach() for t, p in pairs]
 
     def _jvp(self, w: Tensor, *, batched: bool = False) -> Tensor:
         """J w: (P,) -> (m,), batched (k, P) -> (k, m)."""
-        if batched:
-            leaves = self.function.parameters.values()
-            columns = w.split([p.numel() for p in leaves], dim=1)
-            stacked = [t.reshape(len(w), *p.shape) for t, p in zip(columns, leaves, strict=True)]
-            parts = [self._products(index).jvp_batched(stacked) for index in self._chunks()]
-        else:
-            tangents = self.unflatten(w)
-            parts = [self._products(index).jvp(self.plan.path, tangents) for index in self._chunks()]
-        self.num_products += 0.5 * (len(w) if batched else 1)
+        if not batched:
+            return self._pushed(self.unflatten(w))
+        leaves = self.function.parameters.values()
+        columns = w.split([p.numel() for p in leaves], dim=1)
+        stacked = [t.reshape(len(w), *p.shape) for t, p in zip(columns, leaves, strict=True)]
+        parts = [self._products(index).jvp_batched(stacked) for index in self._chunks()]
+        self.num_products += 0.5 * len(w)
+        return torch.cat(parts, dim=-1)
+
+    def _pushed(self, tangents: list[Tensor]) -> Tensor:
+        """J w, w in the parameters' shapes."""
+        parts = [self._products(index).jvp(self.plan.path, tangents) for index in self._chunks()]
+        self.num_products += 0.5
         return torch.cat(parts, dim=-1)
 
     # -- several columns ---------------------------------------------------------------------------------

@@ -191,7 +191,7 @@ class _Recurrence:
         self.eps = max(torch.finfo(pulled.dtype).eps, 5e-15)
         if self.right is not None:
             pulled = pulled - self.coefficients[-1].to(pulled.dtype) * self.right
-        alpha = pulled.to(torch.float64).norm()
+        alpha = torch.linalg.vector_norm(pulled, dtype=torch.float64)
         self.right = pulled / alpha.to(pulled.dtype).clamp_min(torch.finfo(pulled.dtype).tiny)
         pushed = self.apply(self.right).to(torch.float64) - alpha * self.left[:, j]
         basis = self.left[:, : j + 1]

@@ -20,8 +20,8 @@ from grsd_callbacks.probe import take
 MAX_EXACT = {"cpu": 1024, "cuda": 4096}
 #: and for which it considers one without its eigenvectors
 MAX_LANCZOS = {"cpu": 4096, "cuda": 16384}
-#: the exact way gives every shell, so it may cost this many times as much
-PREFERENCE = 3.0
+#: how many times as much as the products each may cost: one gives every shell, the other every eigenvalue
+PREFERENCE, LANCZOS_PREFERENCE = 3.0, 1.5
 #: multiplications of a symmetric eigenproblem with vectors, in units of m^3
 EIGEN_OPERATIONS = 9.0
 #: eigenvectors and work space, in units of m^2 bytes
@@ -60,7 +60,7 @@ def method_by_size(op: NTKOperator) -> str:
 
 def choose_by_cost(op: NTKOperator, num_products: int, memory_limit: int | None = None) -> MethodChoice:
     """Exact if m is small enough, memory allows it, and it costs at most `PREFERENCE` times the products; else lanczos
-    on the same terms (all eigenvalues, energies by their bounds); else products alone.
+    (all eigenvalues, energies by their bounds) for at most `LANCZOS_PREFERENCE` times; else products alone.
 
     Args:
         op: the operator on the probe.
@@ -91,9 +91,8 @@ def choose_by_cost(op: NTKOperator, num_products: int, memory_limit: int | None 
     krylov = PRODUCT * _backward_seconds(op) * num_products
     op.release()
     fits = m <= MAX_EXACT.get(device, MAX_EXACT["cpu"])
-    method = (
-        "exact" if fits and exact <= PREFERENCE * krylov else "lanczos" if lanczos <= PREFERENCE * krylov else "krylov"
-    )
+    affordable = {"exact": fits and exact <= PREFERENCE * krylov, "lanczos": lanczos <= LANCZOS_PREFERENCE * krylov}
+    method = next((name for name, is_affordable in affordable.items() if is_affordable), "krylov")
     reason = (
         f"about {exact:.2g} s and {held / 1e6:.0f} MB exact, {lanczos:.2g} s without eigenvectors, {krylov:.2g} s by "
         f"{num_products} products, measured on this machine"

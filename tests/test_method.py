@@ -56,14 +56,14 @@ def test_above_the_size_for_eigenvectors(products, expected):
     assert MAX_EXACT["cpu"] < op.shape[0] == 1600 < MAX_LANCZOS["cpu"]
     found = choose_by_cost(op, products)
     assert found.method == expected and "without eigenvectors" in found.reason
-    assert (found.lanczos_seconds <= 3 * found.krylov_seconds) == (expected == "lanczos")
+    assert (found.lanczos_seconds <= 1.5 * found.krylov_seconds) == (expected == "lanczos")
     assert method_by_size(op) == "krylov"  # without a trial
 
 
 def test_eigenvectors_are_left_out_where_they_are_what_costs_too_much(monkeypatch):
     monkeypatch.setattr(method, "EIGEN_OPERATIONS", 1e12)
     found = choose_by_cost(operator(), 96)
-    assert found.method == "lanczos" and found.lanczos_seconds <= 3 * found.krylov_seconds < found.exact_seconds
+    assert found.method == "lanczos" and 2 * found.lanczos_seconds <= 3 * found.krylov_seconds < found.exact_seconds
 
 
 def test_above_the_device_s_size(monkeypatch):
