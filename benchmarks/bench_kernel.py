@@ -102,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     args = options(argv)
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, case in common.chosen(CASES[args.size], args.cases).items():
+        cases = {} if args.scaling else common.chosen(CASES[args.size], args.cases)
+        for name, case in cases.items():
             found = measure(name, case, args.methods, args, Path(folder))
             report(found)
             results.append(found)
@@ -121,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = common.parser(__doc__.splitlines()[0], "kernel")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--scaling", action="store_true", help="only how ours grows, no peers")
     parser.add_argument("--rounds", type=int, default=None, help="default 5, tiny 2")
     parser.add_argument("--max-seconds", type=float, default=400.0, help="cap of one run")
     parser.add_argument("--repeat-seconds", type=float, default=120.0, help="no further run once a method spent this")
