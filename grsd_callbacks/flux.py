@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,11 +26,20 @@ class KernelState:
         eigenvalues: of M (or Ritz values), shape (k,).
         vectors: eigenvectors (or Ritz vectors) as columns, shape (m, k), orthonormal.
         residual: r, shape (m,).
+        kernel: M itself, shape (m, m), where it is at hand.
     """
 
     eigenvalues: Tensor
     vectors: Tensor
     residual: Tensor
+    kernel: Tensor | None = None
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        """M, or what the basis holds of it: `kernel`, or put together again once (m^2 k multiplications)."""
+        if self.kernel is not None:
+            return self.kernel
+        return (self.vectors * self.eigenvalues.to(self.vectors)) @ self.vectors.T
 
     @property
     def is_complete(self) -> bool:

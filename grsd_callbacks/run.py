@@ -99,7 +99,8 @@ class Run:
     def _add(self, step: int, instant: Instant, energy_is_loss: bool) -> Snapshot:
         budget, grid = instant.budget, instant.budget.grid
         if self.grid is None or self.frozen is None:
-            self.grid, self.frozen, self.frozen_images = grid, instant.state, instant.images
+            self.grid, self.frozen_images = grid, instant.images
+            self.frozen = replace(instant.state, kernel=None)  # put together again, as after a resume
         frozen_energy, frozen_coverage = self.frozen.energies(instant.state.residual, grid)
         instant.health["frozen_coverage"] = frozen_coverage
         self._start(instant, frozen_energy)
@@ -143,7 +144,7 @@ class Run:
             paths=instant.paths,
         )
         self.history.append(snapshot)
-        self._previous = (snapshot, instant.state)
+        self._previous = (snapshot, replace(instant.state, kernel=None))
         self.steps_since = 0
         return snapshot
 

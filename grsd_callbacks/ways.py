@@ -54,7 +54,8 @@ def exact(
 ) -> dict[str, Any]:
     """All eigenpairs: every shell, down to the floor."""
     gram = op.exact_gram(memory_limit=settings.memory_limit)
-    spectrum = _with_floor(eigendecomposition(gram.matrix, r.nu), relative_floor(op, exact=True))
+    matrix = gram.matrix.mul_(r.nu)
+    spectrum = _with_floor(eigendecomposition(matrix), relative_floor(op, exact=True))
     values = spectrum.eigenvalues
     largest = float(values[-1])
     grid = grid or _grid_of(values, spectrum.floor, settings)
@@ -66,7 +67,7 @@ def exact(
         "floor": spectrum.floor,
     }
     return {
-        "state": KernelState(values, spectrum.eigenvectors, r.residual),
+        "state": KernelState(values, spectrum.eigenvectors, r.residual, matrix),
         "budget": shell_budget(spectrum, r.residual, grid),
         "eigenvalues": values.flip(0).to("cpu", torch.float64),
         "weights": None,
