@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "grsd_callbacks"
 LEVELS = {
     0: {"arguments", "distributed", "guard", "json_lines", "lean", "memory", "notice"},
     1: {"functional", "krylov", "layers", "losses", "optimizer", "probe", "sharded"},
-    2: {"kernel", "gram", "paths", "plan", "training_step"},
+    2: {"kernel", "chunks", "gram", "paths", "plan", "training_step"},
     3: {"method", "randomized", "spectrum", "team", "observation", "refusals", "settings"},
     4: {"shells"},
     5: {"density", "flux", "transfer", "comparison", "drift", "exponents", "position"},
@@ -28,7 +28,10 @@ LEVEL = {module: level for level, modules in LEVELS.items() for module in module
 SAME_LEVEL = {  # functional enters the guard of level 0; these pairs stand on one level
     ("kernel", "gram"),
     ("json_lines", "arguments"),
+    ("kernel", "chunks"),
     ("kernel", "paths"),
+    ("chunks", "paths"),
+    ("chunks", "plan"),
     ("kernel", "plan"),
     ("plan", "paths"),
     ("comparison", "flux"),
