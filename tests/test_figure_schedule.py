@@ -73,7 +73,8 @@ def test_auto_waits_until_a_drawing_fits():
 
 def test_nothing_is_drawn_where_the_run_ends():
     assert drawn(FigureSchedule(5, total_steps=20), [0, 5, 10, 15, 20]) == [5, 10, 15]
-    assert drawn(FigureSchedule(total_steps=6), range(7)) == [3]
+    assert drawn(FigureSchedule(total_steps=7), range(8)) == [3]
+    assert drawn(FigureSchedule(total_steps=8), range(9)) == [3, 6]
 
 
 @pytest.mark.parametrize("every", ["auto", 100])

@@ -17,6 +17,8 @@ Cadence = int | Literal["auto"] | None
 FIRST_AUTO, FIRST = 4, 2
 #: "auto" draws when the steps have grown by this: ten measurements a decade are 1.995 times apart, every third
 GROWTH = 1.9
+#: and not in the last part of a run of known length, whose end draws anyway
+LATEST = 0.8
 #: seconds that the first drawing is expected to take: seven figures into an event file (1.8 s of one core, as
 #: `benchmarks/bench_overhead.py` measures them), and the import of matplotlib
 FIRST_ESTIMATE = 3.0
@@ -27,7 +29,7 @@ class FigureSchedule:
 
     * "auto": when the run has about twice the steps of the last drawing (measurements are log-spaced, and so are the
       axes of the maps), four measurements at the least, and a drawing fits into the spare time: some ten in a long run,
-      which is what TensorBoard shows of a tag.
+      which is what TensorBoard shows of a tag. Not in the last fifth of a run of known length.
     * a number: at the first measurement at or after each multiple of so many optimizer steps, whatever it costs.
     * None: never; the end of the run is not this class's.
 
@@ -75,6 +77,8 @@ class FigureSchedule:
         if isinstance(self.every_n_steps, int):
             return step // self.every_n_steps > self._step // self.every_n_steps
         if self.every_n_steps is None:
+            return False
+        if self.total_steps is not None and step > LATEST * self.total_steps:
             return False
         return num_measurements >= FIRST_AUTO and step >= GROWTH * self._step and self._seconds <= spare
 
