@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, grsd.ShellDynamicsCallb
     parser.add_argument(
         "--figures-every-n-steps",
         type=int,
-        default="auto",
+        default=None,
         help="draw heat maps during the run too, however short it is",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, grsd.ShellDynamicsCallb
             args.every_n_steps,
             measure=True,
             quiet=args.quiet,
-            figures_every_n_steps=args.figures_every_n_steps,
+            figures_every_n_steps=args.figures_every_n_steps or "auto",
         )
         callbacks[name] = run["callback"]
         print(run["callback"].monitor.report)
