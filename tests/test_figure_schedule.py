@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import lightning_cases as cases
@@ -23,8 +24,8 @@ from grsd_callbacks import (
     tags,
 )
 from grsd_callbacks.monitor import FigureSchedule, stopwatch
-from grsd_callbacks.monitor.figure_schedule import FIRST_ESTIMATE
-from grsd_callbacks.schedule import LogSchedule
+from grsd_callbacks.monitor.figure_schedule import FIRST_ESTIMATE, spare_seconds
+from grsd_callbacks.schedule import FixedSchedule, LogSchedule
 
 pytest.importorskip("matplotlib")
 pytestmark = pytest.mark.filterwarnings("ignore:grsd. measuring every . steps costs")
@@ -122,6 +123,16 @@ def test_what_is_reserved_is_resumed():
     assert resumed.reserved(9_900) == schedule.reserved(9_900) > 0
 
 
+def test_spare_is_what_is_neither_spent_nor_reserved():
+    watch = SimpleNamespace(measuring_seconds=7.0, drawing_seconds=2.0, training_seconds=900.0)
+    schedule = decided()
+    expected = 0.02 * 900 - 7.0 - schedule.reserved(9_000)
+    assert spare_seconds(9_000, schedule, watch, 0.02) == pytest.approx(expected) and schedule.reserved(9_000) > 0.5
+    assert spare_seconds(9_000, LogSchedule(), watch, 0.02) == 0.0  # not decided: all may be needed
+    assert spare_seconds(9_000, FixedSchedule(10), watch, 0.02) == pytest.approx(0.02 * 900 - 2.0)
+    assert spare_seconds(9_000, LogSchedule(max_overhead=None), watch, None) == pytest.approx(7.0 - 2 * 2.0)
+
+
 # ---- in a loop, on a synthetic clock ----
 
 
@@ -132,7 +143,7 @@ def clock(monkeypatch):
     return clock
 
 
-def timed(clock, num_steps, per_step, cost=0.05, drawing=2.0, wrap=False, **options):
+def timed(clock, num_steps, per_step, cost=0.05, drawing=2.0, **options):
     """(monitor, steps of the drawings): measurements, steps and drawings take as long as is said."""
     net, x, y = problem()
     monitor = ShellMonitor(net, "mse", (x, y), work=False, writer=MemorySink(), total_steps=num_steps, **options)
