@@ -1,10 +1,10 @@
 """The benchmarks' networks and data, from private random streams. Torch alone: peers' interpreters build the same.
 
-mlp         784-512-512-10, ReLU, squared loss                                  0.67 M parameters
-curve       1-64-64-1, tanh, squared loss: the deepest spectrum                  4 K
-resnet_gn   ResNet-20 for 32 x 32 images, GroupNorm, 10 classes                  0.27 M
-resnet_bn   the same with BatchNorm, measured in evaluation mode                 0.27 M
-gpt         4 layers, d = 128, T = 64, 65 tokens, tied embedding, last token    0.81 M
+    mlp         784-512-512-10, ReLU, squared loss                                  0.67 M parameters
+    curve       1-64-64-1, tanh, squared loss: the deepest spectrum                  4 K
+    resnet_gn   ResNet-20 for 32 x 32 images, GroupNorm, 10 classes                  0.27 M
+    resnet_bn   the same with BatchNorm, measured in evaluation mode                 0.27 M
+    gpt         4 layers, d = 128, T = 64, 65 tokens, tied embedding, last token    0.81 M
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import lightning as L
 import torch
@@ -82,6 +83,7 @@ def train(
     quiet: bool,
     extra: Sequence[L.Callback] = (),
     figures: bool = True,
+    figures_every_n_steps: int | Literal["auto"] = "auto",
 ) -> dict:
     """Train one of the two nets, with or without the callback."""
     x, labels = digits()
@@ -93,6 +95,7 @@ def train(
         y, module = labels, Net(cnn(), nn.CrossEntropyLoss(), lr=1e-3, adam=True)
     loader = DataLoader(TensorDataset(x, y), batch_size=128, shuffle=True)
     options = {"every_n_steps": every_n_steps, "max_overhead": MAX_OVERHEAD, "figures": figures}
+    options["figures_every_n_steps"] = figures_every_n_steps
     callback = grsd.ShellDynamicsCallback(**options) if measure else None
     trainer = L.Trainer(
         max_steps=steps,
@@ -113,6 +116,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, grsd.ShellDynamicsCallb
     parser.add_argument("--steps", type=int, default=None, help="optimizer steps of each net")
     parser.add_argument("--logdir", type=Path, default=Path("logs"), help="where TensorBoard's files go")
     parser.add_argument("--every-n-steps", type=int, default=None, help="fixed cadence instead of the default schedule")
+    parser.add_argument(
+        "--figures-every-n-steps",
+        type=int,
+        default=None,
+        help="draw heat maps during the run too, however short it is",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -120,7 +129,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, grsd.ShellDynamicsCallb
     callbacks = {}
     for name, title in (("squared", "MLP, squared loss, SGD"), ("cross_entropy", "CNN, cross-entropy, Adam")):
         print(f"\n=== {title} ===", flush=True)
-        run = train(name, args.steps or STEPS[name], args.logdir, args.every_n_steps, measure=True, quiet=args.quiet)
+        run = train(
+            name,
+            args.steps or STEPS[name],
+            args.logdir,
+            args.every_n_steps,
+            measure=True,
+            quiet=args.quiet,
+            figures_every_n_steps=args.figures_every_n_steps or "auto",
+        )
         callbacks[name] = run["callback"]
         print(run["callback"].monitor.report)
         print(f"  decided     {run['callback'].monitor.schedule.describe()}")

@@ -46,6 +46,17 @@ def remedy(error: BaseException) -> str:
     return "Use on_error='raise' to see the traceback."
 
 
+#: what is said where a sink fails, whichever comes first; with the error
+NOT_WRITTEN = (
+    "grsd: values cannot be written ({}); they are kept in history. Look at the disk and the logger: writing is tried "
+    "again at the next measurement."
+)
+NO_FIGURES = (
+    "grsd: figures cannot be drawn or written ({}); what they show is kept in history. Look at the disk and the "
+    "logger: it is tried again when figures are next due, and `grsd report` draws them from the run's files."
+)
+
+
 class Outlet:
     """The sinks of one monitor, under one prefix.
 
@@ -105,10 +116,19 @@ class Outlet:
         return self._attempt(write)
 
     def figures(self, history: Sequence[Snapshot], fits: Mapping[str, PowerLawFit]) -> bool:
-        """Draw and write the figures of the run, if there is anywhere to write to."""
+        """Draw and write the figures of the run so far, if there is anywhere to write to.
+
+        Args:
+            history: measurements so far.
+            fits: final exponents; empty: those of the last measurement are drawn.
+        """
         if not self.sinks.sinks:
             return True
-        return self._attempt(lambda: self._write(Emission(step=history[-1].step, figures=run_figures(history, fits))))
+
+        def write() -> None:
+            self._write(Emission(step=history[-1].step, figures=run_figures(history, fits)))
+
+        return self._attempt(write, NO_FIGURES)
 
     def close(self) -> None:
         """Flush everything and close what was opened here."""
@@ -123,16 +143,12 @@ class Outlet:
     def _write(self, emission: Emission) -> None:
         self.sinks.write(emission if self.prefix == "grsd_" else tags.renamed(emission, self.prefix))
 
-    def _attempt(self, function: Callable[[], None]) -> bool:
+    def _attempt(self, function: Callable[[], None], message: str = NOT_WRITTEN) -> bool:
         try:
             function()
         except Exception as error:
             if self.on_error == "raise":
                 raise
-            self.warn_once(
-                "write",
-                f"grsd: values cannot be written ({first_line(error)}); they are kept in history. Look at the disk and "
-                "the logger: writing is tried again at the next measurement.",
-            )
+            self.warn_once("write", message.format(first_line(error)))
             return False
         return True

@@ -24,7 +24,8 @@ class RenormalizabilityCallback(ShellDynamicsCallback):
 
     Args:
         loss, probe, num_probe, every_n_steps, max_overhead, params, outputs, observe, num_projections, unpack, nu,
-            dtype, memory_limit, figures, json_lines, on_error, name: see `ShellDynamicsCallback`.
+            dtype, memory_limit, json_lines, on_error, name: see `ShellDynamicsCallback`.
+        figures: draw the verdict and what is behind it once, at the end (there is no verdict before; needs matplotlib).
         blocks: names of the block modules in order; None: children of the longest `nn.Sequential` or `nn.ModuleList`.
         per_decade: measurements a decade of steps before thinning.
         shells_per_decade: shells a decade of eigenvalues.

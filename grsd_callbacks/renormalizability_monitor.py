@@ -45,7 +45,8 @@ class RenormalizabilityMonitor(ShellMonitor):
         model, loss, probe: see `ShellMonitor`; samples x outputs at most `MAX_ROWS`.
         conditions: how the conditions are measured (blocks, shells, nulls).
         per_decade: measurements a decade of steps of the default schedule before thinning.
-        **options: see `ShellMonitor` (every_n_steps, max_overhead, total_steps, writer, figures, on_error, ...).
+        **options: see `ShellMonitor` (every_n_steps, max_overhead, total_steps, writer, figures, on_error, ...). The
+            figure shows the verdict, which there is only in `finish`: it is drawn there, once.
 
     Attributes:
         conditions: list of `Conditions`, one a measurement; the last one thorough after `finish`.
@@ -86,7 +87,7 @@ class RenormalizabilityMonitor(ShellMonitor):
         self.verdict: RunVerdict | None = None
         self.final_seconds = math.nan
         writer = options.pop("writer", None)
-        fixed = {"method": "exact", "pair": False, "work": False, "transfer": False}
+        fixed = {"method": "exact", "pair": False, "work": False, "transfer": False, "figures_every_n_steps": None}
         super().__init__(model, loss, probe, per_decade=per_decade, **{**options, **fixed})
         self._arguments["conditions"] = str(self.how)
         leads = self.team.leads

@@ -43,6 +43,10 @@ class FixedSchedule:
         """Whether what is due no longer depends on measured times."""
         return True
 
+    def reserved(self, step: int) -> float:
+        """Nothing is kept back: measurements are made whatever they cost."""
+        return 0.0
+
     def describe(self) -> str:
         """One line for the report."""
         return f"every {self.every_n_steps} steps"
@@ -96,6 +100,7 @@ class LogSchedule:
         self._last = -1
         self._times: list[tuple[int, float, float]] = []
         self._spent_before: dict[int, float] = {}
+        self._rates: tuple[float, float, float] | None = None  # seconds: a training step, its hooks, a measurement
         if max_overhead is None:
             self.points = log_points(1, total_steps, per_decade) if total_steps else None
             self._decided = True
@@ -142,7 +147,7 @@ class LogSchedule:
         hooks = min(self._hooks(), allowed / 2)  # on nets so small half is left for measurements
         once = self._cost(spent)
         cost = MARGIN * once * (2 if self.pair else 1)
-        self._decided = True
+        self._decided, self._rates = True, (per_step, hooks, cost)
         if self.total_steps is None:
             self.first = max(step, math.ceil(self.per_decade * cost / ((allowed - hooks) * math.log(10))))
             self.decision = f"{self.per_decade} a decade from step {self.first}"
@@ -156,6 +161,22 @@ class LogSchedule:
             f" (one measurement {once * 1e3:.3g} ms, one training step {per_step * 1e3:.3g} ms, "
             f"at most {100 * self.max_overhead:g} %)"
         )
+
+    def reserved(self, step: int) -> float:
+        """Seconds of what `step` steps allow that the points still to come need, beyond what later steps allow.
+
+        All (inf) before the decision; nothing without a limit, or without a known end, where no point is planned.
+        """
+        if self.max_overhead is None:
+            return 0.0
+        if self._rates is None:
+            return math.inf
+        if self.total_steps is None:
+            return 0.0
+        per_step, hooks, cost = self._rates
+        num_steps = max(0, self.total_steps - step)
+        num_points = sum(point > step for point in self.points or ()) + 2  # two for the end and the summary
+        return max(0.0, num_points * cost + (hooks - self.max_overhead * per_step) * num_steps)
 
     def _hooks(self) -> float:
         """Seconds that a step costs without a measurement."""
@@ -185,6 +206,7 @@ class LogSchedule:
             "points": self.points,
             "first": self.first,
             "decision": self.decision,
+            "rates": None if self._rates is None else list(self._rates),
             "times": [list(time) for time in self._times],
             "spent_before": [list(pair) for pair in self._spent_before.items()],
         }
@@ -196,6 +218,8 @@ class LogSchedule:
         self._last, self._decided = int(state["last"]), bool(state["decided"])
         self.points = None if state["points"] is None else [int(p) for p in state["points"]]
         self.first, self.decision = int(state["first"]), str(state["decision"])
+        rates = state.get("rates")
+        self._rates = None if rates is None else (float(rates[0]), float(rates[1]), float(rates[2]))
         self._times = [(int(step), float(spent), float(elapsed)) for step, spent, elapsed in state["times"]]
         self._spent_before = {int(step): float(spent) for step, spent in state["spent_before"]}
 

@@ -268,19 +268,22 @@ class JSONLinesSink:
         self._ends_in_newline = False  # as far as this sink knows
 
     def write(self, emission: Emission) -> None:
-        """Append one line.
+        """Append one line; none for figures alone, which are not kept here.
 
         Raises:
             TypeError: The record holds something that JSON cannot; the file is left as it was.
             ValueError: The file exists and was not written by this class; it is left as it was.
         """
+        parts: dict[str, Any] = {name: getattr(emission, name) for name in ("scalars", "texts", "record", "fits")}
+        parts["scalars"] = {**emission.scalars, **emission.kept}
+        kept = {name: part for name, part in parts.items() if part}
+        if emission.figures and not kept:
+            return
         if not self._ends_in_newline:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             cut_torn_line(self.path)
         self._ends_in_newline = False
-        parts: dict[str, Any] = {name: getattr(emission, name) for name in ("scalars", "texts", "record", "fits")}
-        parts["scalars"] = {**emission.scalars, **emission.kept}
-        append_json_line(self.path, emission.step, **{name: part for name, part in parts.items() if part})
+        append_json_line(self.path, emission.step, **kept)
         self._ends_in_newline = True
 
     def flush(self) -> None:

@@ -21,8 +21,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import grsd_callbacks.functional as functional
+import grsd_callbacks.outlet as outlet_module
 import grsd_callbacks.team as team_module
-from grsd_callbacks import ShellMonitor
+from grsd_callbacks import MemorySink, ShellMonitor
 from grsd_callbacks.distributed import ElsewhereError, Group
 from grsd_callbacks.gram.division import partial_gram
 from grsd_callbacks.kernel import NTKOperator
@@ -169,6 +170,26 @@ def faulty(name, rank, size):
         "steps": [s.step for s in monitor.history],
         "warnings": [str(w.message) for w in caught],
     }
+
+
+def figures(rank, size):
+    """Where figures are drawn during a run, and what a failure to draw does."""
+    drawn, original = [], outlet_module.run_figures
+
+    def count(history, fits):
+        drawn.append(history[-1].step)
+        return original(history, fits)
+
+    with replaced(outlet_module, "run_figures", count):
+        trained(True, rank, size, writer=MemorySink(), figures_every_n_steps=1, **METHODS["krylov"])
+    options = {"writer": MemorySink(), "figures_every_n_steps": 1, "on_error": "raise", **METHODS["krylov"]}
+    with replaced(outlet_module, "run_figures", lambda *args: 1 / 0):
+        try:
+            trained(True, rank, size, **options)
+            error = "nothing"
+        except ZeroDivisionError as caught:
+            error = f"{type(caught).__name__} of rank {caught.rank}"
+    return drawn, error
 
 
 def raising(rank, size):
@@ -400,6 +421,7 @@ def run(rank, size):
     for method in METHODS:
         found[f"traffic {method}"] = traffic(method)
     found["raising"] = raising(rank, size)
+    found["figures"] = figures(rank, size)
     found["timed"] = timed(rank, size)
     for how in ("written", "replaced"):
         found[how] = broken_by_one(rank, size, how)

@@ -31,7 +31,7 @@ def page(tmp_path_factory):
             warnings.warn(reason, stacklevel=1)
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("logs")
-    callback = fit(folder)
+    callback = fit(folder, figures_every_n_steps=20)
     with browser.tensorboard(folder) as address, browser.Browser(path) as tab:
 
         def show(plugin, ready, what):
@@ -98,6 +98,8 @@ def test_images_are_shown_whole(page):
     text = tab.text()
     for name in ("dissipation", "effective_lr", "energy", "flux", "loss", "spectrum", "verdict"):
         assert f"grsd_figures/{name}" in text
+    sliders = tab.all("paper-slider#steps", "getComputedStyle(e).display != 'none' && e.max")
+    assert sliders.count(2) >= 7, "figures of steps 20, 40 and 60 to slide between"
 
 
 def test_histograms(page):

@@ -1,6 +1,7 @@
 """`grsd checkpoints` and `grsd doctor`: measured checkpoints equal the run measured live; wrong ones are refused."""
 
 import os
+import re
 
 import lightning_cases as cases
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 import grsd_callbacks as grsd
 from grsd_callbacks.cli import checkpoints as module
 from grsd_callbacks.cli.runlog import read_json
+from grsd_callbacks.monitor.measurer import Measurer
 from grsd_callbacks.optimizer import StepSize
 
 pytestmark = [
@@ -37,6 +39,12 @@ def module():
 def data():
     x, y = cases.digits()
     return x[:6], cases.one_hot(y[:6])
+
+def very_wide():
+    return nn.Linear(64, 700)
+
+def wide_data():
+    return cases.digits()[0], torch.zeros(64, 700)
 
 def loader():
     return cases.regression(shuffle=False)
@@ -300,6 +308,42 @@ def test_doctor_tries_every_way_and_says_what_it_costs(here, capsys):
     for promised in ("m = 60", "yes exact kernel", "linear 4", "yes products", "method      exact", "yes trial",
                      "bit-identical afterwards", "To spend 2 %, measure every"):  # fmt: skip
         assert promised in out, promised
+
+
+def untimed(report):
+    """A report without its measured times."""
+    return re.sub(r"[0-9.e+-]+ s\b", "- s", report)
+
+
+@pytest.mark.parametrize("name", ["data", "wide_data"])
+def test_doctor_reports_what_a_run_would(here, capsys, name):
+    """The same trial: function, observation, method, forms, way to J w and memory."""
+    assert doctor("very_wide" if name == "wide_data" else "model", "--data", f"subject.py:{name}", "--loss", "mse") == 0
+    out = capsys.readouterr().out
+    torch.manual_seed(0)
+    (x, y), net = (cases.digits()[0], torch.zeros(64, 700)), nn.Linear(64, 700)
+    if name == "data":
+        x, y = cases.digits()
+        (x, y), net = (x[:6], cases.one_hot(y[:6])), cases.mlp(8)
+    report = grsd.ShellMonitor(net, "mse", (x, y)).report
+    assert untimed(report) in untimed(out)
+    assert ("64 samples x 1 outputs, m = 64" if name == "wide_data" else "6 samples x 10 outputs, m = 60") in out
+
+
+def test_doctor_counts_the_cheaper_of_two_whole_measurements(here, capsys, monkeypatch):
+    """As the default schedule does; with the work of the step that follows each."""
+    added = iter([50.0, 7.0, 0.5, 3.0])  # a measurement, its step; and again
+    for name in ("_take", "_add_update"):
+        original = getattr(Measurer, name)
+
+        def slower(self, *args, original=original):
+            self._watch.measuring_seconds += next(added)
+            return original(self, *args)
+
+        monkeypatch.setattr(Measurer, name, slower)
+    assert doctor("model", "--data", "subject.py:data", "--loss", "mse") == 0
+    seconds = float(re.search("yes trial measurement: ([0-9.]+) s", capsys.readouterr().out)[1])
+    assert 3.5 <= seconds < 5.0
 
 
 def test_doctor_takes_a_loader_and_a_loss_of_ones_own(here, capsys):

@@ -151,6 +151,12 @@ def test_errors_of_one_rank_are_raised_on_all(ranks):
     assert found["on_error"] == ("'made up'", 1)
 
 
+def test_rank_zero_draws_during_the_run_and_its_failure_is_raised_on_all(ranks):
+    (drawn, error), (elsewhere, same) = (found["figures"] for found in ranks)
+    assert len(drawn) >= 2 and drawn == sorted(set(drawn)) and elsewhere == []
+    assert error == same == "ZeroDivisionError of rank 0"
+
+
 @pytest.mark.parametrize(
     ("how", "work", "reason"),
     [

@@ -371,7 +371,7 @@ cli = LightningCLI(Model, Data, seed_everything_default=0, save_config_callback=
 import json
 settings = ours.monitor.settings
 print(json.dumps([[s.step for s in ours.history], str(settings.dtype), settings.params, settings.shells_per_decade,
-    ours.history[0].num_samples, ours.name, ours.monitor.loss.kind]))
+    ours.history[0].num_samples, ours.name, ours.monitor.loss.kind, ours.monitor.figure_schedule.every_n_steps]))
 """
 TRAINER = {
     "max_epochs": 1,
@@ -404,6 +404,7 @@ def test_cli_from_a_config_file(tmp_path):
         "shells_per_decade": 4,
         "json_lines": None,
         "figures": False,
+        "figures_every_n_steps": 3,
         "name": "cli",
     }
     config = {
@@ -414,7 +415,7 @@ def test_cli_from_a_config_file(tmp_path):
     }
     (tmp_path / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
     found = cli(tmp_path, "fit", "--config", "config.yaml")
-    assert found == [[0, 2, 4], "torch.float64", ["net.2.*", "net.0.bias"], 4, 6, "cli", "cross_entropy"]
+    assert found == [[0, 2, 4], "torch.float64", ["net.2.*", "net.0.bias"], 4, 6, "cli", "cross_entropy", 3]
 
 
 def test_cli_from_arguments(tmp_path):
@@ -423,4 +424,6 @@ def test_cli_from_arguments(tmp_path):
     words = [f"--trainer.{name}={value}" for name, value in plain.items()]
     words += ["--trainer.callbacks=grsd_callbacks.ShellDynamicsCallback"]
     words += [f"--trainer.callbacks.{a}" for a in ("every_n_steps=4", "params=net.2.*", "num_probe=5", "figures=false")]
-    assert cli(tmp_path, "fit", *words) == [[0, 4], "None", "net.2.*", 3, 5, "", "cross_entropy"]
+    for word, cadence in (("auto", "auto"), ("7", 7), ("null", None)):
+        found = cli(tmp_path, "fit", *words, f"--trainer.callbacks.figures_every_n_steps={word}")
+        assert found == [[0, 4], "None", "net.2.*", 3, 5, "", "cross_entropy", cadence]

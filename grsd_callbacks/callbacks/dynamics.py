@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from grsd_callbacks.distributed import Group
 from grsd_callbacks.functional import select_parameters
 from grsd_callbacks.guard import DisturbedTraining
 from grsd_callbacks.losses import Loss
-from grsd_callbacks.monitor import ShellMonitor, check_num_probe, check_options, make_schedule
+from grsd_callbacks.monitor import FigureSchedule, ShellMonitor, check_num_probe, check_options, make_schedule
 from grsd_callbacks.observation import check_observe
 from grsd_callbacks.optimizer import step_size
 from grsd_callbacks.outlet import first_line, remedy, warn
@@ -56,7 +56,8 @@ class ShellDynamicsCallback(*facts.BASES):  # type: ignore[misc]
             `(inputs, targets)`, or a DataLoader.
         num_probe: samples on the probe; None: so many that samples x outputs is about 320 (CPU) or 2,048 (GPU).
         every_n_steps: optimizer steps between measurements; None is the default schedule.
-        max_overhead: largest share of the training time for the default schedule; None: no limit.
+        max_overhead: largest share of the training time for the default schedule (and for figures drawn when "auto"
+            says so); None: no limit.
         method: "auto" (exact while samples x outputs is small), "exact", "lanczos", "krylov" or "randomized".
         num_matvecs: kernel products for energies where not exact.
         num_density_matvecs: kernel products for eigenvalue counts where not exact; 0 for none.
@@ -80,7 +81,10 @@ class ShellDynamicsCallback(*facts.BASES):  # type: ignore[misc]
         gram_dtype: "float32" adds up exact kernels from products in float32: faster, 6 decades of eigenvalues instead
             of 12. None: float64 where the device has it.
         memory_limit: bytes of explicit rows of J held at a time.
-        figures: draw heat maps of the run once, after its last step (needs matplotlib).
+        figures: draw heat maps of the run, after its last step and before (needs matplotlib).
+        figures_every_n_steps: optimizer steps between drawings during the run, each at the next measurement; "auto":
+            whenever the run has doubled in steps and `max_overhead` leaves the time (about 2 s a drawing); None: only
+            after the last step. A run that is killed keeps what has been drawn.
         json_lines: "auto" (`grsd.jsonl` in the log folder), a path, or None.
         on_error: "warn" (a failed measurement is one warning) or "raise".
         name: tells several instances apart; tags then begin with `grsd_<name>_`.
@@ -127,6 +131,7 @@ class ShellDynamicsCallback(*facts.BASES):  # type: ignore[misc]
         gram_dtype: str | torch.dtype | None = None,
         memory_limit: int | None = None,
         figures: bool = True,
+        figures_every_n_steps: int | Literal["auto"] | None = "auto",
         json_lines: str | None = "auto",
         on_error: str = "warn",
         name: str = "",
@@ -137,6 +142,7 @@ class ShellDynamicsCallback(*facts.BASES):  # type: ignore[misc]
         check_num_probe(num_probe)
         check_observe(observe, num_projections)
         make_schedule(every_n_steps, max_overhead, None, per_decade, pair)
+        FigureSchedule(figures_every_n_steps)
         self._group = Group()
         self._function = MeasuredFunction(loss, nu, outputs, unpack, params, as_dtype(dtype))
         self._settings: dict[str, Any] = {
@@ -158,6 +164,7 @@ class ShellDynamicsCallback(*facts.BASES):  # type: ignore[misc]
             "work": work,
             "transfer": transfer,
             "figures": figures,
+            "figures_every_n_steps": figures_every_n_steps,
             "on_error": on_error,
             "observe": observe,
             "num_projections": num_projections,

@@ -121,4 +121,4 @@ def _doctor(options: argparse.Namespace) -> int:
     from grsd_callbacks.cli.doctor import doctor
     from grsd_callbacks.cli.loading import subject
 
-    return doctor(subject(options))
+    return doctor(subject(options, observe="auto"))

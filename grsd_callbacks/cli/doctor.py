@@ -1,11 +1,14 @@
-"""`grsd doctor`: what would work on a model, by which way, and what it would cost. Tries it, at small scale."""
+"""`grsd doctor`: what would work on a model, by which way, and what it would cost. Tries it, at small scale.
+
+The report and the expected costs are those of a run: its own monitor is set up, and measures twice.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields
 
 import torch
 from torch import nn
@@ -14,10 +17,10 @@ from torch.nn.parameter import UninitializedParameter
 from grsd_callbacks.cli.loading import Subject
 from grsd_callbacks.gram import exact_gram, gram_operations
 from grsd_callbacks.kernel import NTKOperator
-from grsd_callbacks.measure import measure
+from grsd_callbacks.measure import Settings, operator_for
 from grsd_callbacks.method import choose_by_cost
+from grsd_callbacks.monitor import ShellMonitor
 from grsd_callbacks.probe import Probe
-from grsd_callbacks.report import start_report
 
 KINKS = "has kinks: the instantaneous flux (transfer=True) is the smooth part only; the default flux is not affected"
 #: modules whose presence changes what a measurement means: pattern in the class name, and what to know
@@ -38,7 +41,8 @@ def doctor(subject: Subject) -> int:
     for line in _inventory(subject.model):
         print(line)
     try:
-        op = NTKOperator(subject.model, subject.probe.inputs)
+        monitor = _monitor(subject)
+        op = _operator(subject, monitor)
         n, c = op.num_samples, op.num_outputs
     except Exception as error:
         print(f"  no  kernel: {type(error).__name__}: {error}")
@@ -50,17 +54,36 @@ def doctor(subject: Subject) -> int:
     if not exact and not products:
         print("\nThis model cannot be measured.")
         return 1
-    settings = subject.settings
-    choice = choose_by_cost(op, settings.num_matvecs + settings.num_density_matvecs)
-    if settings.method == "auto":
-        settings = replace(settings, method=choice.method)
-    print()
-    if subject.loss is None:
-        print(f"method {settings.method} ({choice.reason}); for a trial measurement give --data with targets")
-        return 0
-    print(start_report(op, subject.loss, settings, "(decided when training steps have been timed)", choice))
     op.release()
-    return 0 if _tried("trial measurement", lambda: _trial(replace(subject, settings=settings))) else 1
+    print()
+    if monitor is None:
+        print(_without_loss(op, subject.settings))
+        return 0
+    print(monitor.report)
+    return 0 if _tried("trial measurement", lambda: _trial(subject, monitor)) else 1
+
+
+def _monitor(subject: Subject) -> ShellMonitor | None:
+    """What the callback would measure with, set up as in a run; None without a loss."""
+    if subject.loss is None:
+        return None
+    settings = {field.name: getattr(subject.settings, field.name) for field in fields(subject.settings)}
+    return ShellMonitor(
+        subject.model, subject.loss, subject.probe, on_error="raise", figures=False, distributed=False, **settings
+    )
+
+
+def _operator(subject: Subject, monitor: ShellMonitor | None) -> NTKOperator:
+    """A new operator on what the monitor measures, which need not be all outputs."""
+    if monitor is None:
+        return operator_for(subject.model, subject.probe, subject.settings)
+    return operator_for(subject.model, monitor.probe, monitor.settings)
+
+
+def _without_loss(op: NTKOperator, settings: Settings) -> str:
+    choice = choose_by_cost(op, settings.num_matvecs + settings.num_density_matvecs, settings.memory_limit)
+    method = choice.method if settings.method == "auto" else settings.method
+    return f"method {method} ({choice.reason}); for a trial measurement give --data with targets"
 
 
 def _tried(what: str, action: Callable[[], Iterator[str]]) -> bool:
@@ -120,20 +143,28 @@ def _products_way(op: NTKOperator) -> Iterator[str]:
         yield f"refused: {name.replace('_', ' ')} ({why})"
 
 
-def _trial(subject: Subject) -> Iterator[str]:
-    assert subject.loss is not None
+def _trial(subject: Subject, monitor: ShellMonitor) -> Iterator[str]:
+    """Two measurements with all that belongs to them; the cheaper one is the cost, as for the default schedule."""
     before = [p.detach().clone() for p in subject.model.parameters()]
-    instant = measure(subject.model, subject.probe, subject.loss, subject.settings)
+    seconds = min(_measuring_seconds(monitor, step) for step in (0, 1))
+    found = monitor.history[-1]
     same = all(bool((a == b).all()) for a, b in zip(before, subject.model.parameters(), strict=True))
     step = _step_seconds(subject)
-    seconds = instant.cost["seconds"]
-    closure = abs(float(instant.budget.dissipation.sum()) - instant.grad_norm_sq) / max(instant.grad_norm_sq, 1e-300)
-    yield f"{seconds:.2g} s, loss {instant.loss:.4g}, lambda_max {instant.summary['lambda_max']:.4g}"
+    closure = abs(float(found.dissipation.sum()) - found.grad_norm_sq) / max(found.grad_norm_sq, 1e-300)
+    yield f"{seconds:.2g} s, loss {found.loss:.4g}, lambda_max {found.summary['lambda_max']:.4g}"
     yield f"sum D = |grad L|^2 to {closure:.1e}; parameters {'bit-identical' if same else 'CHANGED'} afterwards"
     yield (
         f"one gradient on the probe takes {step:.2g} s: a measurement costs {seconds / step:.3g} of them. To "
         f"spend 2 %, measure every {max(1, round(50 * seconds / step)):,} such steps (the default schedule sees to it)"
     )
+
+
+def _measuring_seconds(monitor: ShellMonitor, step: int) -> float:
+    """A measurement, and the work of the step after it (which moves nothing here)."""
+    before = monitor.measuring_seconds
+    monitor.step(step, lr=0.0)
+    monitor.finish_update(step + 1)
+    return monitor.measuring_seconds - before
 
 
 def _step_seconds(subject: Subject) -> float:

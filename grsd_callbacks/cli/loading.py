@@ -17,6 +17,7 @@ from torch import nn
 from grsd_callbacks.cli.runlog import UsageError
 from grsd_callbacks.kernel import NTKOperator
 from grsd_callbacks.losses import Loss, calibrate, check_pair, resolve_loss
+from grsd_callbacks.observation import choose_observe
 from grsd_callbacks.probe import Probe, probe_from, samples_wanted
 from grsd_callbacks.settings import Settings
 
@@ -38,8 +39,12 @@ class Subject:
     settings: Settings
 
 
-def subject(options: argparse.Namespace) -> Subject:
+def subject(options: argparse.Namespace, observe: str | None = None) -> Subject:
     """Model, loss and probe as the options name them.
+
+    Args:
+        options: the command line.
+        observe: what of the outputs is going to be measured (`choose_observe`), which the number of samples follows.
 
     Raises:
         UsageError: one of them cannot be had, or they do not fit together.
@@ -55,7 +60,7 @@ def subject(options: argparse.Namespace) -> Subject:
         model = model.to(device)
         data = resolve(options.data, "--data")() if options.data else example(model)
         loss = find_loss(options.loss, model) if options.data else None
-        probe = _cut(model, probe_from(data, options.num_probe), options.num_probe).to(device)
+        probe = _cut(model, loss, probe_from(data, options.num_probe), options.num_probe, observe).to(device)
         found = Subject(model, loss, probe, settings)
         if loss is not None:
             found.loss = _fitting(found)
@@ -132,13 +137,16 @@ def find_loss(name: str, model: nn.Module) -> Loss:
     return resolve_loss(resolve(name, "--loss") if ":" in name else name)
 
 
-def _cut(model: nn.Module, probe: Probe, asked: int | None) -> Probe:
-    """The first samples of the probe, so many that samples x outputs is what a measurement can bear."""
+def _cut(model: nn.Module, loss: Loss | None, probe: Probe, asked: int | None, observe: str | None) -> Probe:
+    """The first samples of the probe, so many that samples x numbers observed is what a measurement can bear."""
     if asked is not None:
         return probe
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     one = NTKOperator(model, probe.take(slice(0, min(2, probe.num_samples))).to(device).inputs)
-    return probe.take(slice(0, samples_wanted(one.num_outputs, device)))
+    wanted = samples_wanted(one.num_outputs, device)
+    if loss is not None and choose_observe(observe, loss, wanted * one.num_outputs) is not None:
+        wanted = samples_wanted(1, device)
+    return probe.take(slice(0, wanted))
 
 
 def _fitting(found: Subject) -> Loss:

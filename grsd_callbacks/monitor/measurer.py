@@ -16,6 +16,7 @@ from grsd_callbacks.kernel import NTKOperator
 from grsd_callbacks.losses import Loss, calibrate, check_pair
 from grsd_callbacks.measure import Instant, measure_with_operator, operator_for
 from grsd_callbacks.method import choose_by_cost
+from grsd_callbacks.monitor.figure_schedule import FigureSchedule, spare_seconds
 from grsd_callbacks.monitor.stopwatch import Stopwatch
 from grsd_callbacks.observation import observed
 from grsd_callbacks.outlet import Outlet, first_line, remedy
@@ -53,6 +54,9 @@ class Measurer:
     probe: Probe
     outlet: Outlet
     schedule: FixedSchedule | LogSchedule
+    max_overhead: float | None
+    figures: bool
+    figure_schedule: FigureSchedule
     on_error: str
     work: bool
     transfer: bool
@@ -246,6 +250,35 @@ class Measurer:
             self._note(done.step, self.outlet.update(done))
         return done
 
+    # -- figures during the run -----------------------------------------------------------------------------
+
+    def _draw_if_due(self, step: int) -> None:
+        """Figures of the run so far, by rank zero; the others wait, for what is to raise there raises on all."""
+        if self.figures and self.figure_schedule.every_n_steps is not None:
+            here = self._draw_here if self.team.leads else _nothing
+            self._attempt(step, lambda: self.team.group.together(lambda: here(step)))
+
+    def _draw_here(self, step: int) -> None:
+        count, spare = len(self.history), spare_seconds(step, self.schedule, self._watch, self.max_overhead)
+        if not self.figure_schedule.due(step, count, spare):
+            return
+        before = self._watch.drawing_seconds
+        written = self._watch.drawing(lambda: self.outlet.figures(self.history, {}))
+        self.figure_schedule.drawn(step, self._watch.drawing_seconds - before)
+        self._note(step, written)
+        self._warn_if_drawing_is_costly()
+
+    def _warn_if_drawing_is_costly(self) -> None:
+        every, training = self.figure_schedule.every_n_steps, self._watch.training_seconds
+        enough = isinstance(every, int) and self.figure_schedule.num_drawings >= 3
+        if enough and self._watch.drawing_seconds > COSTLY * training > 0:
+            self.outlet.warn_once(
+                "costly figures",
+                f"grsd: drawing figures every {every} steps costs "
+                f"{100 * self._watch.drawing_seconds / training:.0f} % of the training time; raise "
+                "figures_every_n_steps, or leave it at 'auto'.",
+            )
+
     # -- cost and failures ----------------------------------------------------------------------------------
 
     @property
@@ -304,9 +337,16 @@ class Measurer:
             self.outlet.failed(step, self.num_failed)
 
     def _warn_if_costly(self) -> None:
-        if isinstance(self.schedule, FixedSchedule) and len(self.history) >= 4 and self.overhead > COSTLY:
+        if not isinstance(self.schedule, FixedSchedule) or len(self.history) < 4:
+            return
+        overhead = self._watch.overhead(self._last_step, drawing=False)
+        if overhead > COSTLY:
             self.outlet.warn_once(
                 "costly",
-                f"grsd: measuring every {self.schedule.every_n_steps} steps costs {100 * self.overhead:.0f} % of the "
+                f"grsd: measuring every {self.schedule.every_n_steps} steps costs {100 * overhead:.0f} % of the "
                 "training time; raise every_n_steps, take a smaller probe, or leave every_n_steps=None.",
             )
+
+
+def _nothing(step: int) -> None:
+    """What other ranks do where rank zero draws."""

@@ -26,6 +26,7 @@ from grsd_callbacks.monitor.arguments import (
     on_every_rank,
     warn_of_few_samples,
 )
+from grsd_callbacks.monitor.figure_schedule import Cadence, FigureSchedule
 from grsd_callbacks.monitor.measurer import Measurer
 from grsd_callbacks.observation import check_observe
 from grsd_callbacks.optimizer import StepSize
@@ -51,14 +52,18 @@ class ShellMonitor(Measurer):
         probe: `(inputs, targets)` or a DataLoader; cloned once, never changed.
         num_probe: number of samples kept; None keeps a given pair whole, and of a loader one batch.
         every_n_steps: optimizer steps between measurements; None: log-spaced, thinned to `max_overhead`.
-        max_overhead: largest share of the training time spent on measuring by the default schedule; None: no limit.
+        max_overhead: largest share of the training time spent on measuring by the default schedule, and on figures
+            drawn when "auto" says so; None: no limit.
         total_steps: length of the run, for the default schedule; None if unknown.
         per_decade: measurements a decade of steps of the default schedule before thinning.
         pair: measure before *and* after the step at each due point (flux over a single step).
         work: also measure the work of the optimizer step that follows each measurement (one J w).
         transfer: also measure the instantaneous flux and the shell-to-shell transfer matrix along that step (needs
             `work`; exact path: four exact kernels in float64, krylov: about 1.5 products a Ritz vector).
-        figures: draw heat maps of the run once, in `finish` (needs matplotlib; not part of the overhead).
+        figures: draw heat maps of the run in `finish` (not part of the overhead), and before (needs matplotlib).
+        figures_every_n_steps: optimizer steps between drawings during the run, each at the next measurement and part of
+            the overhead; "auto": whenever the run has doubled in steps and `max_overhead` leaves the time; None: only
+            in `finish`. The same figures, but for the collapse, with the exponents of the measurement they stand at.
         writer: where values go: a SummaryWriter, logger, path, sink, or a list of them; None keeps `history` only.
         on_error: "warn" (a failed measurement is one warning) or "raise".
         nu: scale of the kernel for general losses, see `resolve_loss`.
@@ -80,7 +85,8 @@ class ShellMonitor(Measurer):
         ValueError, TypeError: wrong arguments, or outputs and targets that do not fit (at construction).
 
     Cost: see `measure`; with `work`, copies of parameters and buffers are held until the next optimizer step is done;
-        reported as `grsd_health/overhead_percent`.
+        reported as `grsd_health/overhead_percent`. One drawing of all figures takes about 2 s of one core, matplotlib's
+        import (once) not counted.
 
     Example:
         >>> import torch
@@ -111,6 +117,7 @@ class ShellMonitor(Measurer):
         work: bool = True,
         transfer: bool = False,
         figures: bool = True,
+        figures_every_n_steps: Cadence = "auto",
         writer: Any = None,
         on_error: str = "warn",
         nu: float | None = None,
@@ -133,6 +140,8 @@ class ShellMonitor(Measurer):
         self._arguments.update(observe=observe, num_projections=num_projections)
         self._whole = isinstance(probe, (tuple, list, Probe))
         self.schedule = make_schedule(every_n_steps, max_overhead, total_steps, per_decade, pair)
+        self.figure_schedule = FigureSchedule(figures_every_n_steps, total_steps)
+        self.max_overhead = max_overhead
         team = Team(Group.current() if distributed else Group())
         super().__init__(model, resolved, how, (observe, num_projections), team, distributed)
         self.samples = self.probe = self._whole_probe(probe, num_probe, unpack)
@@ -233,12 +242,18 @@ class ShellMonitor(Measurer):
             return None
         if coming is not None:
             self.run.size = coming()
-        return self._watch.charged(lambda: self._attempt(step, lambda: self._take(step)))
+        snapshot: Snapshot | None = self._watch.charged(lambda: self._attempt(step, lambda: self._take(step)))
+        if snapshot is not None:
+            self._draw_if_due(step)
+        return snapshot
 
     def _observe_schedule(self, step: int, elapsed: float) -> None:
-        """Times differ between ranks; all decide at the same step, and then rank zero's decision is taken."""
-        undecided = not self.schedule.decided
-        self.schedule.observe(step, self.measuring_seconds, elapsed)
+        """Times differ between ranks; all decide at the same step, and then rank zero's decision is taken.
+
+        It knows nothing of drawing: figures never cost a run a measurement.
+        """
+        undecided, drawing = not self.schedule.decided, self._watch.drawing_seconds
+        self.schedule.observe(step, self.measuring_seconds - drawing, elapsed - drawing)
         if undecided and self.schedule.decided:
             self.schedule.load_state_dict(self.team.group.share(self.schedule.state_dict))
 
@@ -337,6 +352,8 @@ class ShellMonitor(Measurer):
             "num_failed": self.num_failed,
             "measuring_seconds": self.measuring_seconds,
             "elapsed_seconds": self._watch.elapsed_seconds,
+            "drawing_seconds": self._watch.drawing_seconds,
+            "figures": self.figure_schedule.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -370,7 +387,9 @@ class ShellMonitor(Measurer):
         self.schedule.load_state_dict(state["schedule"])
         self._last_step = state["last_step"]
         self.num_failed = int(state["num_failed"])
-        self._watch.restore(float(state["measuring_seconds"]), float(state["elapsed_seconds"]))
+        seconds = (float(state.get(f"{name}_seconds", 0.0)) for name in ("measuring", "elapsed", "drawing"))
+        self._watch.restore(*seconds)
+        self.figure_schedule.load_state_dict(state.get("figures", {}))
         self._pending = None
 
 
