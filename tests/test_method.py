@@ -49,12 +49,13 @@ def test_never_beyond_the_memory_bound(monkeypatch):
     assert choose_by_cost(op, 10**6, memory_limit=1000).reason.startswith("an exact kernel's eigenvectors take")
 
 
-@pytest.mark.parametrize("products, expected", [(10**6, "lanczos"), (1, "krylov")])
-def test_above_the_size_for_eigenvectors(products, expected):
+@pytest.mark.parametrize("backward, expected", [(0.1, "lanczos"), (1e-9, "krylov")])
+def test_above_the_size_for_eigenvectors(backward, expected, monkeypatch):
     """Without them where that pays, else by products."""
+    monkeypatch.setattr(method, "_backward_seconds", lambda op: backward)
     op = NTKOperator(nn.Linear(2, 40).double(), randn(40, 2))
     assert MAX_EXACT["cpu"] < op.shape[0] == 1600 < MAX_LANCZOS["cpu"]
-    found = choose_by_cost(op, products)
+    found = choose_by_cost(op, 96)
     assert found.method == expected and "without eigenvectors" in found.reason
     assert (found.lanczos_seconds <= 1.5 * found.krylov_seconds) == (expected == "lanczos")
     assert method_by_size(op) == "krylov"  # without a trial
