@@ -17,10 +17,11 @@ from torch.nn.parameter import UninitializedParameter
 from grsd_callbacks.cli.loading import Subject
 from grsd_callbacks.gram import exact_gram, gram_operations
 from grsd_callbacks.kernel import NTKOperator
-from grsd_callbacks.measure import Settings, operator_for
+from grsd_callbacks.measure import operator_for
 from grsd_callbacks.method import choose_by_cost
 from grsd_callbacks.monitor import ShellMonitor
 from grsd_callbacks.probe import Probe
+from grsd_callbacks.settings import Settings
 
 KINKS = "has kinks: the instantaneous flux (transfer=True) is the smooth part only; the default flux is not affected"
 #: modules whose presence changes what a measurement means: pattern in the class name, and what to know
