@@ -27,6 +27,7 @@ PATHS = ("double_backward", "forward", "central")
 #: way -> script in peers/, interpreter, changes of the specification
 WAYS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ours-auto": ("run_our_product", "own", {"path": "auto"}),
+    "ours-rebuilt": ("run_our_product", "own", {"path": "auto", "share": 0.3}),
     **{f"ours-{path}": ("run_our_product", "own", {"path": path}) for path in PATHS},
     "fresh-vjp-jvp": ("run_fresh_product", "own", {}),
     "curvlinops": ("run_curvlinops_product", "torch", {}),

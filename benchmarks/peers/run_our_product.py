@@ -1,14 +1,19 @@
 """Ours: one product on a retained graph, the path of J w given or chosen, and one gradient beside it.
 
+With a share, only so much of the samples' graphs may be held: most are built again for every product.
+
 Every run makes its own operator; its first product pays the set-up: copies, graphs and, on the path "auto", the trial.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.peers import products, torch_case, worker
 from benchmarks.timing import clocks
+
+if TYPE_CHECKING:
+    from grsd_callbacks.kernel import NTKOperator
 
 
 def prepare(spec: dict[str, Any]) -> worker.Run:
@@ -19,12 +24,13 @@ def prepare(spec: dict[str, Any]) -> worker.Run:
     device, path = str(x.device), spec.get("path", "auto")
     v = products.start_vector(net(x).numel(), device)
     unit = products.gradient(net, spec)
+    limit = memory_limit(NTKOperator(net, x), spec.get("share"))
 
     def run() -> worker.Result:
         held: list[NTKOperator] = []
 
         def first() -> None:
-            held.append(NTKOperator(net, x, forward=path))
+            held.append(NTKOperator(net, x, forward=path, memory_limit=limit))
             held[0].run(lambda: held[0] @ v)
 
         (first_seconds, first_cpu), peak = worker.peak_of(lambda: clocks(first, device), device)
@@ -35,6 +41,11 @@ def prepare(spec: dict[str, Any]) -> worker.Run:
         return result, figures | {"first_seconds": first_seconds, "first_cpu_seconds": first_cpu, "path": float(chosen)}
 
     return run
+
+
+def memory_limit(op: NTKOperator, share: float | None) -> int | None:
+    """Bytes for a share of the graphs of all samples."""
+    return None if share is None else int(share * op.chunk_size * op.plan.sample_bytes)
 
 
 if __name__ == "__main__":
