@@ -41,6 +41,9 @@ CASES: dict[str, dict[str, Case]] = {
         "resnet_gn": Case("resnet_gn", 32),
         "resnet_bn": Case("resnet_bn", 32),
         "gpt": Case("gpt", 32),
+        "mlp many": Case("mlp", 4096),  # for graphs built again in chunks of some size
+        "resnet_gn many": Case("resnet_gn", 192),
+        "gpt many": Case("gpt", 128),
     },
 }
 #: cost of a product against the number of samples and of parameters
