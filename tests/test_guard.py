@@ -412,8 +412,11 @@ def test_preserve_modes_calls_no_method_of_the_user():
         def train(self, mode=True):
             raise AssertionError("train() was called")
 
-    with guard.preserve_modes(Loud(), "eval"):
-        pass
+    model = Loud()
+    before = flags(model)
+    with guard.preserve_modes(model, "eval"):
+        assert before[0] and not any(flags(model))
+    assert flags(model) == before
 
 
 def test_unknown_mode_is_refused():
@@ -877,8 +880,11 @@ def test_every_guard_can_be_left_out():
 
 
 def test_a_module_without_tensors():
-    with undisturbed(nn.Identity()):
-        pass
+    model, generator = nn.Identity(), torch.get_rng_state()
+    with undisturbed(model):
+        assert not model.training
+        torch.rand(3)
+    assert model.training and torch.equal(torch.get_rng_state(), generator)
 
 
 def test_cost_for_200_modules(capsys):
