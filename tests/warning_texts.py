@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 
 #: functions that give a warning, and where their message stands among the arguments
-GIVES = {"warn": 0, "notice": 0, "warn_once": 1, "warning": 0}
+GIVES = {"warn": 0, "notice": 0, "warn_once": 1, "warning": 0, "rank_zero_warn": 0}
 HOLE = "\0"
 
 
