@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from grsd_callbacks.patches import padding, windows
+
 
 class Call:
     """One call of one layer, recorded in a forward.
@@ -259,7 +261,7 @@ class ConvCall(_SpatialCall):
         m = self.module
         n, images = x.shape[:2]
         x = x.flatten(0, 1)
-        pads = _padding(m)
+        pads = padding(m)
         if any(pads):
             mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
             x = F.pad(x, pads, mode=mode)
@@ -347,30 +349,6 @@ def products(right: Tensor, left: Tensor) -> Tensor:
         return rows
     merged = right.permute(0, 2, 1, 4, 3).reshape(n, G, k * q, T)
     return torch.matmul(merged, left).view(n, G, k, q, -1).transpose(1, 2)
-
-
-def windows(x: Tensor, m: Any, space: tuple[int, ...] | None = None) -> Tensor:
-    """Patches of padded images, (images, channels, *kernel, *space), a view; `space` crops."""
-    dims = len(m.kernel_size)
-    for d, (size, step, gap) in enumerate(zip(m.kernel_size, m.stride, m.dilation)):
-        x = x.unfold(2 + d, (size - 1) * gap + 1, step)[..., ::gap]
-        if space is not None:
-            x = x.narrow(2 + d, 0, space[d])
-    return x.permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
-
-
-def _padding(m: Any) -> list[int]:
-    """Padding of a convolution in the order of F.pad."""
-    pads: list[int] = []
-    for d in reversed(range(len(m.kernel_size))):
-        if m.padding == "same":
-            total = m.dilation[d] * (m.kernel_size[d] - 1)
-            pads += [total // 2, total - total // 2]
-        elif m.padding == "valid":
-            pads += [0, 0]
-        else:
-            pads += [m.padding[d]] * 2
-    return pads
 
 
 def _version(x: Tensor) -> int:

@@ -24,7 +24,8 @@ from torch.utils._pytree import tree_map
 
 from grsd_callbacks.functional import ModelFunction, as_outputs, call_model
 from grsd_callbacks.losses import Loss, Residual, calibrate, check_pair, resolve_loss
-from grsd_callbacks.probe import Probe
+from grsd_callbacks.probe import Probe, take
+from grsd_callbacks.sample_axis import SAMPLES_FIRST, SampleAxis, axes_of_samples, has_time_first, second_axis
 from grsd_callbacks.training_step import StepLoss, StepOutputs, as_floating
 
 OBSERVE = ("auto", "loss_gradient", "root_loss", "projection")
@@ -58,7 +59,7 @@ def knows_samples(loss: Loss) -> bool:
     """Whether the loss can be split into shares of single samples."""
     function = loss.function
     if isinstance(function, StepLoss):
-        return function.exact
+        return function.exact and not function.outputs.time_first
     return isinstance(function, (nn.MSELoss, nn.CrossEntropyLoss))
 
 
@@ -86,9 +87,9 @@ def observed(
 
     Raises:
         ValueError: outputs and targets do not fit the loss; losses of single samples are asked for, and the loss is no
-            mean squared error or cross-entropy.
+            mean squared error or cross-entropy, or the samples are not along the first axis of the inputs.
 
-    Cost: one run of the model on the probe.
+    Cost: one run of the model on the probe, and three to six on parts of it where losses of samples are observed.
     """
     with torch.no_grad():
         f = function.run(lambda: function.outputs(probe.inputs))
@@ -96,22 +97,55 @@ def observed(
     if how is None:
         return Reduced(probe, loss, function.extract)
     check_pair(loss, f, probe.targets)
-    if how != "projection" and not knows_samples(loss):
-        raise ValueError(
-            f"observe={how!r} needs a loss that is a mean squared error or a cross-entropy, whose shares of single "
-            "samples are known; use observe='projection', or observe=None with fewer samples (num_probe=)"
-        )
     extract: Any = function.extract
     source: _Source = _Step(extract) if isinstance(extract, StepOutputs) else _Plain(extract, loss)
     pair = probe if isinstance(source, _Step) else _paired(probe)
     if how == "projection":
         return _projected(function, source, pair, loss, f, num_projections, seed)
+    misplaced = _misplaced_samples(function, probe, f)
+    if misplaced and observe == "auto":
+        return Reduced(probe, loss, function.extract)
+    _check_samples(how, misplaced, loss)
     n = len(f)
     share = n * function.run(lambda: source.unit(loss, f, probe.targets))
     outputs = SampleLosses(source, share, how == "root_loss", how, interacting=function.interacting)
     kind, mean = ("squared", _HalfMeanSquare) if how == "root_loss" else ("general", _Mean)
     whole = mean(source.direct(function.model, loss), getattr(loss.function, "growth", None))
     return Reduced(pair, Loss(whole, kind, 1 / n, _MEANING[how]), outputs)
+
+
+def _misplaced_samples(function: ModelFunction, probe: Probe, f: Tensor) -> str:
+    """Where samples are if not along the first axis of inputs and outputs, as a sentence; nothing if they are."""
+    first, second = second_axis(probe.inputs)
+    along = f"outputs along it ({first}) depend on each other, but not along the second ({second}), as with time first"
+    if isinstance(function.extract, StepOutputs):  # which has looked, and finds them in its outputs wherever they are
+        return along if function.extract.time_first else ""
+    n = probe.num_samples
+
+    def run(inputs: Any) -> Tensor:
+        with torch.no_grad():
+            return function.run(lambda: function.outputs(inputs))
+
+    found = axes_of_samples(f, n, lambda some: run(take(probe.inputs, some, n))) if n > 1 else [SampleAxis()]
+    if found:
+        other = f"outputs of shape {tuple(f.shape)} have them along axis {found[0].axis}"
+        return "" if SampleAxis() in found else other
+    return along if has_time_first(f, probe.inputs, run) else ""
+
+
+def _check_samples(how: str, misplaced: str, loss: Loss) -> None:
+    """Refuse what has no losses of samples."""
+    if misplaced:
+        raise ValueError(
+            f"observe={how!r} needs samples along the first axis of inputs and outputs, and {misplaced}. Use "
+            "observe='projection' or observe=None, or give batches and targets with samples first (x.transpose(0, 1)), "
+            f"and transpose in training_step, in forward, or around the model:\n\n{SAMPLES_FIRST}"
+        )
+    if not knows_samples(loss):
+        raise ValueError(
+            f"observe={how!r} needs a loss that is a mean squared error or a cross-entropy, whose shares of single "
+            "samples are known; use observe='projection', or observe=None with fewer samples (num_probe=)"
+        )
 
 
 def _paired(probe: Probe) -> Probe:

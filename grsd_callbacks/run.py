@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -113,22 +113,7 @@ class Run:
         snapshot = Snapshot(
             step=step,
             flow_time=self.flow_time,
-            loss=instant.loss,
-            grad_norm_sq=instant.grad_norm_sq,
-            nu=instant.nu,
-            num_samples=instant.num_samples,
-            num_outputs=instant.num_outputs,
-            method=instant.method,
-            edges=grid.edges,
-            energy=budget.energy,
-            dissipation=budget.dissipation,
-            counts=budget.counts,
-            energy_bounds=budget.energy_bounds,
-            dissipation_bounds=budget.dissipation_bounds,
-            count_bounds=budget.count_bounds,
-            resolved=budget.resolved,
-            eigenvalues=instant.eigenvalues,
-            weights=instant.weights,
+            **_measured(instant),
             frozen_energy=frozen_energy,
             transport=flux.transport,
             flux=flux.flux,
@@ -139,9 +124,7 @@ class Run:
             closures=self._closures(instant, flux, fits, energy_is_loss),
             health=self._health(instant, flux),
             exponents=fits,
-            cost=dict(instant.cost),
             reasons={"flux": flux.reason} if flux.reason else {},
-            paths=instant.paths,
         )
         self.history.append(snapshot)
         self._previous = (snapshot, replace(instant.state, kernel=None))
@@ -358,6 +341,14 @@ class Run:
         )
         run.interrupt("first measurement after a resume")
         return run
+
+
+def _measured(instant: Instant) -> dict[str, Any]:
+    """What a snapshot takes over from a measurement as it is."""
+    budget = {f.name: getattr(instant.budget, f.name) for f in fields(instant.budget) if f.name != "grid"}
+    whole = ("loss", "grad_norm_sq", "nu", "num_samples", "num_outputs", "method", "eigenvalues", "weights", "paths")
+    same = {name: getattr(instant, name) for name in whole}
+    return {"edges": instant.budget.grid.edges, "cost": dict(instant.cost), **budget, **same}
 
 
 def work_per_shell(state: KernelState, s: Tensor, grid: ShellGrid, total: float) -> tuple[Tensor, Tensor]:

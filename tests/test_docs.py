@@ -1,12 +1,12 @@
 """The documentation runs: every Python block of every page, every link, every picture, every warning."""
 
-import ast
 import re
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from warning_texts import Package, Unreadable
 
 import grsd_callbacks as grsd
 
@@ -64,35 +64,77 @@ def test_every_public_name_is_on_its_page():
     assert sorted(named) == sorted(grsd.__all__)
 
 
-def constant_parts(message):
-    """The fixed pieces of a string or an f-string in the source; none for a variable."""
-    values = message.values if isinstance(message, ast.JoinedStr) else [message]
-    return [v.value for v in values if isinstance(v, ast.Constant) and isinstance(v.value, str)]
+# ---- warnings ----
 
 
-def emitted_warnings():
-    """Fixed pieces of every warning's text in the package, with the place it comes from."""
-    for path in sorted((ROOT / "grsd_callbacks").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.Call):
-                continue
-            name = ast.unparse(node.func).split(".")[-1]
-            arguments = node.args[1:2] if name == "warn_once" else node.args[:1] if name in ("warn", "notice") else []
-            for message in arguments:
-                if parts := constant_parts(message):
-                    yield f"{path.name}:{node.lineno}", parts
+def quoted(text, mark='"'):
+    """Patterns of the words quoted on a page, "..." standing for anything."""
+    words = re.findall(f"{re.escape(mark)}(.*?){re.escape(mark[::-1])}", " ".join(text.split()))
+    return {w: re.compile(".*?".join(re.escape(piece.strip()) for piece in w.split("...")), re.DOTALL) for w in words}
+
+
+def complaints_about_warnings(package, page):
+    """What is wrong with a page that is to explain each of a package's warnings under a few of its words."""
+    headings = quoted(page, '**"')
+    left = set(headings)
+    for place, text in package.warnings():
+        found = [words for words, pattern in headings.items() if pattern.search(text)]
+        left -= set(found)
+        if len(found) != 1:
+            what = "in one place only" if found else "under a few of its words"
+            yield f'{place}: explain this warning in docs/warnings.md {what}, as **"..."**: {text}'
+    for words in sorted(left):
+        yield f'docs/warnings.md: no warning says "{words}"'
 
 
 def test_every_warning_is_explained():
-    page = (ROOT / "docs" / "warnings.md").read_text()
-    quoted = [
-        [piece.strip() for piece in words.split("...") if piece.strip()]
-        for words in re.findall(r'\*\*"(.*?)"\*\*', " ".join(page.split()))
-    ]
-    found = dict(emitted_warnings())
-    assert len(found) >= 10
-    for place, parts in found.items():
-        text = " ".join(" ".join(parts).split())
-        assert any(all(piece in text for piece in words) for words in quoted), (
-            f'{place}: explain this warning in docs/warnings.md, under a few of its words as **"..."**: {text}'
-        )
+    package, page = Package(ROOT / "grsd_callbacks"), (ROOT / "docs" / "warnings.md").read_text()
+    assert len(list(package.warnings())) >= 17
+    assert list(complaints_about_warnings(package, page)) == []
+
+
+def test_every_sentence_of_the_check_of_the_model_is_explained():
+    patterns = quoted((ROOT / "docs" / "warnings.md").read_text()).values()
+    package = Package(ROOT / "grsd_callbacks")
+    sentences = package.returned("_checked", package.trees["refusals.py"])
+    assert len(sentences) == 2
+    for text in sentences:
+        assert any(len(pattern.pattern) > 20 and pattern.search(text) for pattern in patterns), text
+
+
+HEAD = "from .outlet import warn\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "page", "complaint"),
+    [
+        ('warn(f"all of {n} went")', '**"all of ... went"**', None),
+        ('def f():\n    text = "one" if x else "two"\n    warn(text)', '**"one"** **"two"**', None),
+        ('def g():\n    return f"{x} is" + " new"\nif text := g():\n    warn(g())', '**"is new"**', None),
+        ('def warn(message):\n    notice(message)\nself.warn_once("key", "known")', '**"known"**', None),
+        ('warnings.warn(message="of one word")', '**"one word"**', None),
+        ('warn("new")', "", "a/__init__.py:2: explain this warning in docs/warnings.md under a few of its words"),
+        ('warn(f"all of {n} went")', '**"went all of"**', "a/__init__.py:2: explain this warning"),
+        ('warn(f"all of {n} went")', '**"all of"** **"went"**', "a/__init__.py:2: .* in one place only"),
+        ('warn("new")', '**"new"** **"old"**', 'docs/warnings.md: no warning says "old"'),
+        ("warn(error.args[0])", "", "a/__init__.py:2: the text of this warning cannot be read"),
+        ("def f(text):\n    warn(text)", "", "a/__init__.py:3: the text of this warning cannot be read"),
+        ("warn()", "", "a/__init__.py:2: warn.. without a message"),
+        ("tell = outlet.warn", "", "a/__init__.py:2: call warn by its name"),
+        ("partial(warn, 'new')", "", "a/__init__.py:2: call warn by its name"),
+        ("from .notice import notice as tell", "", "a/__init__.py:2: import notice under its own name"),
+    ],
+)
+def test_the_check_of_warnings_finds_what_is_not_explained(tmp_path, source, page, complaint):
+    for name in ("a", "b"):  # of one name, and with a warning on the same line
+        (tmp_path / name).mkdir()
+    (tmp_path / "a" / "__init__.py").write_text(HEAD + source)
+    (tmp_path / "b" / "__init__.py").write_text(HEAD + 'warn("another")')
+    try:
+        found = list(complaints_about_warnings(Package(tmp_path), page + '**"another"**'))
+    except Unreadable as error:
+        found = [str(error)]
+    if complaint is None:
+        assert found == []
+    else:
+        assert re.match(complaint, found[0])

@@ -1,5 +1,7 @@
 """Whatever goes wrong in a measurement: training goes on bit-identically, one warning, and the next one works."""
 
+import gc
+import inspect
 import json
 import math
 import re
@@ -18,6 +20,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack
 
 import grsd_callbacks.callbacks.dynamics
 import grsd_callbacks.monitor.measurer
@@ -46,6 +49,8 @@ class Fault:
     """A trace function that notes the package's functions, or raises at the n-th call of one of them."""
 
     def __init__(self, code=None, error=None, number=1):
+        if code is not None and code.co_flags & inspect.CO_GENERATOR:
+            gc.collect()  # a generator of the run before that is thrown away in this one is seen as a call, too
         self.code, self.error, self.left = code, error, number
         self.seen = {}
 
@@ -109,9 +114,18 @@ def loop(options, fault=None, at=AT):
                 monitor.finish()
     found = {name: value.tolist() for name, value in model.state_dict().items()}
     found["rng"], found["training"] = torch.get_rng_state().tolist(), [m.training for m in model.modules()]
-    found["settings"] = [getattr(owner, name) for owner, name, _ in _float32_switches()]
+    found["settings"] = settings()
     ours = [str(w.message) for w in caught if "costs" not in str(w.message)]
     return found, monitor, ours
+
+
+def settings():
+    """What a measurement changes for the whole process, and has to put back."""
+    attention = torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled()
+    autograd = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_anomaly_enabled()
+    function_modes = [type(mode).__name__ for mode in _get_current_function_mode_stack()]
+    float32 = [getattr(owner, name) for owner, name, _ in _float32_switches()]
+    return float32, attention, autograd, torch.is_autocast_enabled("cpu"), torch.get_default_dtype(), function_modes
 
 
 WAYS = {

@@ -279,7 +279,10 @@ def test_figures_have_the_size_of_tensorboard(make):
 
 @pytest.mark.parametrize("name", ["log-spaced", "no flow time", "tiny flow time", "one"])
 def test_flow_time_can_be_the_axis_even_where_none_has_passed(name):
-    draw(figures.overview(CASES[name], time="flow_time"))
+    figure = draw(figures.overview(CASES[name], time="flow_time"))
+    (axes,) = [axes for axes in figure.axes if axes.get_title(loc="left").startswith("Shell energy")]
+    left, right = axes.get_xlim()
+    assert axes.get_xlabel().startswith("flow time") and np.isfinite([left, right]).all() and left < right
 
 
 def test_empty_maps_say_why():
@@ -292,7 +295,7 @@ def test_empty_maps_say_why():
 @pytest.mark.parametrize("matrix", [torch.zeros(16, 16), torch.full((16, 16), torch.nan)])
 def test_transfer_matrices_without_transfer(matrix):
     assert len(GRID.edges) == 15
-    draw(figures.transfer_figure(matrix, GRID))
+    np.testing.assert_array_equal(values_of(draw(figures.transfer_figure(matrix, GRID)), (16, 16)), matrix.numpy())
 
 
 @pytest.mark.parametrize(

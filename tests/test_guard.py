@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode
 
 from grsd_callbacks import guard
 from grsd_callbacks.guard import DisturbedTraining, numerics, undisturbed
@@ -412,8 +413,11 @@ def test_preserve_modes_calls_no_method_of_the_user():
         def train(self, mode=True):
             raise AssertionError("train() was called")
 
-    with guard.preserve_modes(Loud(), "eval"):
-        pass
+    model = Loud()
+    before = flags(model)
+    with guard.preserve_modes(model, "eval"):
+        assert before[0] and not any(flags(model))
+    assert flags(model) == before
 
 
 def test_unknown_mode_is_refused():
@@ -802,6 +806,53 @@ def test_untouched_reads_awkward_tensors():
         model[0](torch.ones(1, 3))
 
 
+# ---- function modes ----
+
+
+class Passing(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class Stuck(Passing):
+    """A mode that fails in the very act of being left."""
+
+    def __exit__(self, *exception):
+        raise MemoryError
+
+
+def function_modes():
+    return _get_current_function_mode_stack()
+
+
+def leave_one_behind(model, **options):
+    with pytest.raises(MemoryError), undisturbed(model, **options), Stuck():
+        pass
+
+
+def test_a_function_mode_left_behind_is_taken_off():
+    with Passing() as mine:
+        leave_one_behind(Net())
+        assert function_modes() == [mine]
+        leave_one_behind(Net(), without=("functions",))
+        assert [type(mode) for mode in function_modes()] == [Passing, Stuck]
+        _pop_mode()
+    assert function_modes() == []
+
+
+def test_a_default_device_that_a_forward_sets_stays():
+    model = Net()
+    try:
+        with Passing() as mine:
+            with undisturbed(model):
+                torch.set_default_device("meta")
+                Stuck().__enter__()
+            assert torch.ones(1).device.type == "meta" and function_modes()[1:] == [mine]
+    finally:
+        torch.set_default_device(None)
+    assert function_modes() == []
+
+
 # ---- exceptions, nesting, misuse, cost ----
 
 
@@ -877,8 +928,11 @@ def test_every_guard_can_be_left_out():
 
 
 def test_a_module_without_tensors():
-    with undisturbed(nn.Identity()):
-        pass
+    model, generator = nn.Identity(), torch.get_rng_state()
+    with undisturbed(model):
+        assert not model.training
+        torch.rand(3)
+    assert model.training and torch.equal(torch.get_rng_state(), generator)
 
 
 def test_cost_for_200_modules(capsys):

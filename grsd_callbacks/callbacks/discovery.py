@@ -83,7 +83,8 @@ class MeasuredFunction:
         try:
             check_step(module)
         except ValueError as error:
-            raise ValueError(f"{reason}. Nor can its own training step be measured: {error}") from reason
+            why = str(error).removeprefix("outputs='training_step': ")  # which nobody asked for
+            raise ValueError(f"{reason}. Nor can its own training step be measured: {why}") from reason
         self.step, self.loss, self._why = "", None, str(reason)
 
     # -- on data -----------------------------------------------------------------------------------------

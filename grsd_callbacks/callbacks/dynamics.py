@@ -181,6 +181,7 @@ class ShellDynamicsCallback(*facts.BASES):  # type: ignore[misc]
         self.monitor: ShellMonitor | None = None
         self._resume: dict[str, Any] | None = None
         self._global_step = self._step_axis = 0
+        self._measured_at: int | None = None
         self._off = self._refused = False
         self._failed_starts, self._next_start = 0, 0
 
@@ -226,10 +227,13 @@ class ShellDynamicsCallback(*facts.BASES):  # type: ignore[misc]
             self.monitor = self._start(trainer, pl_module, batch)
         if self.monitor is None:
             return
-        self._global_step = trainer.global_step
         self._notice_writes()
+        if self._stands_still(trainer):
+            return
+        self._global_step = trainer.global_step
         self._step_axis = facts.step_axis(trainer)
-        self.monitor.observe(self._step_axis, lambda: step_size(facts.raw_optimizers(trainer)))
+        if self.monitor.observe(self._step_axis, lambda: step_size(facts.raw_optimizers(trainer))) is not None:
+            self._measured_at = trainer.global_step
 
     @harmless
     @charged
@@ -257,7 +261,7 @@ class ShellDynamicsCallback(*facts.BASES):  # type: ignore[misc]
         """Last measurement, summary, flush."""
         if self.monitor is not None:
             self._notice_writes()
-            self.monitor.finish(facts.step_axis(trainer))
+            self.monitor.finish(self._step_axis if self._stands_still(trainer) else facts.step_axis(trainer))
 
     def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
         """Everything measured so far is on disk already; close the files."""
@@ -303,6 +307,10 @@ class ShellDynamicsCallback(*facts.BASES):  # type: ignore[misc]
     def _waits(self, trainer: Any) -> bool:
         """Whether this process only waits: one of several that torch.distributed does not connect."""
         return self._group.size == 1 and not trainer.is_global_zero
+
+    def _stands_still(self, trainer: Any) -> bool:
+        """Whether batches have been counted since the latest measurement, but no optimizer step (gradients by hand)."""
+        return trainer.global_step == self._measured_at and facts.step_axis(trainer) > self._step_axis
 
     def _notice_writes(self) -> None:
         """Weights loaded or averaged in place are a break in the run."""

@@ -5,7 +5,8 @@ metrics, log, or write to its parameters. `undisturbed` undoes, forbids or detec
 each work alone (`GUARDS`, `NUMERICS`); `without` switches single ones off, for negative controls.
 
 Guarded: the generators of torch, numpy and python; training flags; attributes, hooks and registered names of every
-submodule; `self.log`; autocast, gradient, compiler and attention settings. Checked: parameters, buffers, `.grad`.
+submodule; `self.log`; autocast, gradient, compiler and attention settings, default dtype and function modes of torch.
+Checked: parameters, buffers, `.grad`.
 
 Not guarded, because it lies outside the module or cannot be copied: globals and closures, files and other processes,
 what forward hooks do elsewhere, loggers called directly, plain Python objects held as attributes (they are shared, not
@@ -35,6 +36,7 @@ from grsd_callbacks.guard.numerics import (
     no_autocast,
     plain_numerics,
     preserve_default_dtype,
+    preserve_function_modes,
     require_known,
     with_autograd,
 )
@@ -53,6 +55,7 @@ __all__ = [
     "plain_numerics",
     "preserve_attributes",
     "preserve_default_dtype",
+    "preserve_function_modes",
     "preserve_modes",
     "preserve_object_rng",
     "preserve_registrations",

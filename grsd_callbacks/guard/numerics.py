@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import _get_current_function_mode_stack, _pop_mode
+from torch.utils._device import DeviceContext
 
 from grsd_callbacks.guard.generators import attribute_restorer, restored
 
@@ -100,6 +102,24 @@ def preserve_default_dtype() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def preserve_function_modes() -> Iterator[None]:
+    """Take off what is left on the stack of torch functions, as by an error in the very act of leaving a mode.
+
+    Default devices, which torch keeps at the bottom of that stack, are spared.
+    """
+    before = _get_current_function_mode_stack()
+    with restored([lambda: _take_off(before)]):
+        yield
+
+
+def _take_off(before: list[Any]) -> None:
+    while left := _get_current_function_mode_stack():
+        if isinstance(left[-1], DeviceContext) or any(left[-1] is mode for mode in before):
+            return
+        _pop_mode()
+
+
 NUMERICS: dict[str, Callable[[str], AbstractContextManager[Any]]] = {
     "autocast": no_autocast,
     "autograd": lambda device_type: with_autograd(),
@@ -108,6 +128,7 @@ NUMERICS: dict[str, Callable[[str], AbstractContextManager[Any]]] = {
     "attention": lambda device_type: math_attention(),
     "float32": lambda device_type: full_float32(),
     "dtype": lambda device_type: preserve_default_dtype(),
+    "functions": lambda device_type: preserve_function_modes(),
 }
 
 

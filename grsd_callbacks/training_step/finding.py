@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_map
 from grsd_callbacks.functional import ModelFunction
 from grsd_callbacks.losses import Loss, wide_dtype
 from grsd_callbacks.probe import Probe, num_samples, take
-from grsd_callbacks.training_step.observed import StepLoss, StepOutputs, rows
+from grsd_callbacks.sample_axis import SampleAxis, has_time_first, parts_of, sample_axes, time_first_note
+from grsd_callbacks.training_step.observed import StepLoss, StepOutputs
 from grsd_callbacks.training_step.runner import REMEDY, StepRunner
 from grsd_callbacks.training_step.tape import Event, Tape, frontier, slope
 
@@ -146,11 +147,14 @@ def _observe_cut(
 ) -> Observed:
     known = _known_loss(cut, loss)
     main = [known[0]] if known else [_first(events) for events in cut]
-    outputs = StepOutputs(runner, tuple(event.place for event in main), (0,) * len(main))
+    outputs = StepOutputs(runner, tuple(event.place for event in main), (SampleAxis(),) * len(main))
     outputs, independent = _with_axes(outputs, function.model, batch, main, num_samples(batch))
     notes = []
     if _is_random(function, outputs, batch):
         notes.append("training_step draws random numbers: one fixed draw is measured")
+        outputs = replace(outputs, time_first=False)
+    elif outputs.time_first:
+        notes.append(time_first_note(batch))
     elif not independent:
         notes.append("samples of a batch interact: the kernel is taken from rows on the whole batch")
     outputs = replace(outputs, drop_ignored=known is not None and known[1] == "cross_entropy", interacting=bool(notes))
@@ -190,38 +194,54 @@ def _with_axes(
     outputs: StepOutputs, model: nn.Module, batch: Any, cut: list[Event], n: int
 ) -> tuple[StepOutputs, bool]:
     """The sample axis of each part, by running the step on parts of the batch; and whether samples are independent."""
-    shapes = [event.tensor.shape for event in cut]
-    first = tuple(next(d for d, size in enumerate(shape) if size % n == 0) for shape in shapes)
+    first = tuple(SampleAxis(next(d for d, size in enumerate(e.tensor.shape) if size % n == 0)) for e in cut)
+    outputs = replace(outputs, axes=first)
     if n == 1:
-        return replace(outputs, axes=first), True
-    found: list[list[int | None]] = []
-    for samples in _parts(n):
+        return outputs, True
+    found: list[list[SampleAxis | None]] = []
+    for samples in parts_of(n):
         try:
-            with torch.no_grad(), Tape(model, outputs.places) as tape:
-                outputs.runner(take(batch, samples, n))
-            parts = [tape.at(place).tensor for place in outputs.places]
+            parts = _events(outputs, model, take(batch, samples, n))
         except (RuntimeError, ValueError, IndexError):  # a step that does not run on parts of a batch
-            return replace(outputs, axes=first), False
-        found.append([_axis(event.tensor.detach(), part, n, samples) for event, part in zip(cut, parts)])
+            return _without_samples(outputs, model, batch, cut), False
+        found.append([_axis(event, part, n, samples) for event, part in zip(cut, parts)])
     independent = None not in found[0] and all(axes == found[0] for axes in found)
-    return replace(outputs, axes=tuple(a if a is not None else f for a, f in zip(found[0], first))), independent
+    outputs = replace(outputs, axes=tuple(a if a is not None else f for a, f in zip(found[0], first)))
+    return outputs if independent else _without_samples(outputs, model, batch, cut), independent
 
 
-def _parts(n: int) -> list[slice]:
-    """Half of the samples, the first two and the last two: rows that a mask has picked are not as many for each."""
-    return [slice(0, (n + 1) // 2), *([slice(0, 2), slice(n - 2, n)] if n > 3 else [])]
+def _events(outputs: StepOutputs, model: nn.Module, batch: Any) -> list[Event]:
+    with torch.no_grad(), Tape(model, outputs.places) as tape:
+        outputs.runner(batch)
+    return [tape.at(place) for place in outputs.places]
 
 
-def _axis(whole: Tensor, part: Tensor, n: int, samples: slice) -> int | None:
-    """The axis along which the output of some samples is their part of the whole batch's."""
-    eps, count = torch.finfo(whole.dtype).eps, samples.stop - samples.start
-    for axis, size in enumerate(whole.shape):
-        if size % n == 0 and part.dim() == whole.dim() and part.shape[axis] == count * (size // n):
-            expected = rows(whole, axis, n)[samples]
-            found = rows(part, axis, count)
-            if expected.shape == found.shape and torch.allclose(expected, found, rtol=100 * eps**0.5, atol=eps**0.5):
-                return axis
-    return None
+def _axis(whole: Event, part: Event, n: int, samples: slice) -> SampleAxis | None:
+    """Where the samples are; targets decide where outputs (all zero, say) leave it open."""
+    found = sample_axes(whole.tensor.detach(), part.tensor, n, samples)
+    all_targets, some_targets = _target(whole), _target(part)
+    if len(found) > 1 and all_targets is not None and some_targets is not None:
+        told = sample_axes(all_targets, some_targets, n, samples)
+        found = [axis for axis in found if axis in told] or found
+    return found[0] if found else None
+
+
+def _target(event: Event) -> Tensor | None:
+    """The second argument of a loss function."""
+    if event.call is None:
+        return None
+    _, args, kwargs = event.call
+    target = args[1] if len(args) > 1 else kwargs.get("target")
+    return target.detach() if isinstance(target, Tensor) else None
+
+
+def _without_samples(outputs: StepOutputs, model: nn.Module, batch: Any, cut: list[Event]) -> StepOutputs:
+    """Where samples interact: whether they are those of another axis."""
+
+    def is_second(k: int) -> bool:
+        return has_time_first(cut[k].tensor.detach(), batch, lambda some: _events(outputs, model, some)[k].tensor)
+
+    return replace(outputs, time_first=all(is_second(k) for k in range(len(cut))))
 
 
 def _known_loss(cut: list[list[Event]], loss: Tensor) -> tuple[Event, str, float, bool, float] | None:
@@ -232,7 +252,7 @@ def _known_loss(cut: list[list[Event]], loss: Tensor) -> tuple[Event, str, float
     event = given[0]
     function, args, kwargs = event.call  # type: ignore[misc]
     c = slope(loss, event.value)
-    target = args[1] if len(args) > 1 else kwargs.get("target")
+    target = _target(event)
     reduction = kwargs.get("reduction", "mean")
     if c is None or not _enters_only(event, loss, c) or not isinstance(target, Tensor) or target.requires_grad:
         return None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from grsd_callbacks.probe import num_samples
+from grsd_callbacks.sample_axis import SampleAxis
 from grsd_callbacks.training_step.runner import StepRunner, as_floating
 from grsd_callbacks.training_step.tape import Event, Place, Tape, slope
 
@@ -24,17 +25,19 @@ class StepOutputs:
     Attributes:
         runner: runs the step.
         places: where the tensors appear.
-        axes: the axis of each that runs over samples (or over samples and, faster, something else).
+        axes: where the samples are in each.
         drop_ignored: whether outputs whose target a cross-entropy ignores are zero: they have no part in L.
         interacting: whether a sample's output depends on the rest of the batch, or on draws made for it.
+        time_first: whether samples are along the second axis of the batch, so that their losses are not known.
         description: lines for the report.
     """
 
     runner: StepRunner
     places: tuple[Place, ...]
-    axes: tuple[int, ...]
+    axes: tuple[SampleAxis, ...]
     drop_ignored: bool = False
     interacting: bool = False
+    time_first: bool = False
     description: tuple[str, ...] = ()
 
     def call(self, model: nn.Module, batch: Any) -> Tensor:
@@ -44,7 +47,7 @@ class StepOutputs:
         events = [tape.at(place) for place in self.places]
         tensors = [_kept(events[0])] if self.drop_ignored else [event.tensor for event in events]
         n = num_samples(batch)
-        parts = [rows(tensor, axis, n) for tensor, axis in zip(tensors, self.axes)]
+        parts = [axis.rows(tensor, n) for tensor, axis in zip(tensors, self.axes)]
         return torch.cat(parts, 1).to(next(model.parameters()).dtype)
 
     def sample_losses(self, model: nn.Module, batch: Any) -> Tensor:
@@ -55,10 +58,8 @@ class StepOutputs:
         assert event.call is not None
         function, args, kwargs = event.call
         each = function(*args, **{**kwargs, "reduction": "none"})
-        n = num_samples(batch)
-        # of a cross-entropy the class axis (the second) is gone
-        gone = function is F.cross_entropy and self.axes[0] > 1
-        return rows(each, self.axes[0] - gone, n).sum(1).to(next(model.parameters()).dtype)
+        axis = self.axes[0].without_classes() if function is F.cross_entropy else self.axes[0]
+        return axis.rows(each, num_samples(batch)).sum(1).to(next(model.parameters()).dtype)
 
     def __call__(self, raw: Tensor) -> Tensor:
         """The outputs are already f."""
@@ -73,11 +74,6 @@ def _kept(event: Event) -> Tensor:
     if target.is_floating_point():
         return event.tensor
     return event.tensor * (target != kwargs.get("ignore_index", -100)).unsqueeze(1)
-
-
-def rows(tensor: Tensor, axis: int, n: int) -> Tensor:
-    """A tensor with samples along `axis` as (n, ...)."""
-    return tensor.movedim(axis, 0).reshape(n, -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,8 +157,7 @@ class StepLoss:
         return [tape.at(place).tensor.numel() // f.shape[0] for place in self.outputs.places]
 
 
-def _shaped(part: Tensor, like: Tensor, axis: int, wide: bool = True) -> Tensor:
+def _shaped(part: Tensor, like: Tensor, axis: SampleAxis, wide: bool = True) -> Tensor:
     """Rows (n, C_k) in the layout of the tensor they stand for; its dtype where others are computed with it."""
-    shape = like.movedim(axis, 0).shape
     # not a view of f: what replaces a layer's output may be written to in place
-    return part.reshape(shape).movedim(0, axis).to(part.dtype if wide else like.dtype).clone()
+    return axis.put_back(part, like).to(part.dtype if wide else like.dtype).clone()

@@ -91,7 +91,8 @@ def check_step(model: nn.Module, at: str = "") -> None:
     if getattr(model, "automatic_optimization", True) is False:
         raise ValueError(
             f"outputs='training_step': {kind} optimizes manually, so its training_step would move the parameters; "
-            "give loss='mse', loss='cross_entropy' or a callable (outputs, targets) -> scalar, and forward is measured"
+            "give loss= and let forward be measured, as in ShellDynamicsCallback(loss='cross_entropy') or "
+            "ShellDynamicsCallback(loss=lambda outputs, targets: (outputs - targets).square().mean())"
         )
     if "dataloader_iter" in inspect.signature(step).parameters:
         raise ValueError(
