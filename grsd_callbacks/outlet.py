@@ -46,17 +46,6 @@ def remedy(error: BaseException) -> str:
     return "Use on_error='raise' to see the traceback."
 
 
-#: what is said where a sink fails, whichever comes first; with the error
-NOT_WRITTEN = (
-    "grsd: values cannot be written ({}); they are kept in history. Look at the disk and the logger: writing is tried "
-    "again at the next measurement."
-)
-NO_FIGURES = (
-    "grsd: figures cannot be drawn or written ({}); what they show is kept in history. Look at the disk and the "
-    "logger: it is tried again when figures are next due, and `grsd report` draws them from the run's files."
-)
-
-
 class Outlet:
     """The sinks of one monitor, under one prefix.
 
@@ -128,7 +117,7 @@ class Outlet:
         def write() -> None:
             self._write(Emission(step=history[-1].step, figures=run_figures(history, fits)))
 
-        return self._attempt(write, NO_FIGURES)
+        return self._attempt(write, figures=True)
 
     def close(self) -> None:
         """Flush everything and close what was opened here."""
@@ -143,12 +132,24 @@ class Outlet:
     def _write(self, emission: Emission) -> None:
         self.sinks.write(emission if self.prefix == "grsd_" else tags.renamed(emission, self.prefix))
 
-    def _attempt(self, function: Callable[[], None], message: str = NOT_WRITTEN) -> bool:
+    def _attempt(self, function: Callable[[], None], *, figures: bool = False) -> bool:
         try:
             function()
         except Exception as error:
             if self.on_error == "raise":
                 raise
-            self.warn_once("write", message.format(first_line(error)))
+            if figures:
+                self.warn_once(
+                    "write",
+                    f"grsd: figures cannot be drawn or written ({first_line(error)}); what they show is kept in "
+                    "history. Look at the disk and the logger: it is tried again when figures are next due, and "
+                    "`grsd report` draws them from the run's files.",
+                )
+            else:
+                self.warn_once(
+                    "write",
+                    f"grsd: values cannot be written ({first_line(error)}); they are kept in history. Look at the disk "
+                    "and the logger: writing is tried again at the next measurement.",
+                )
             return False
         return True
