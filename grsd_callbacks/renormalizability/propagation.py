@@ -25,6 +25,8 @@ from grsd_callbacks.renormalizability.blocks import Block, find_blocks
 
 #: probability that some upper bound of a call is too small
 FAILURE = 0.01
+#: what is left of a vector after orthogonalisation, below which it is done again
+MUCH = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +197,7 @@ def _largest_singular_value(h: Tensor, after: Tensor, num_steps: int, failure: f
     steps = min(num_steps, rows, columns)
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(n, columns, generator=generator, dtype=torch.float64).to(h.device)
-    B = _bidiagonal(forward, transposed, start, steps)
+    B = _bidiagonal(forward, transposed, start, rows, steps)
     low = float(torch.linalg.svdvals(B)[:, 0].max())
     if steps == min(rows, columns):
         return low, low
@@ -204,19 +206,31 @@ def _largest_singular_value(h: Tensor, after: Tensor, num_steps: int, failure: f
 
 
 def _bidiagonal(
-    forward: Callable[[Tensor], Tensor], transposed: Callable[[Tensor], Tensor], start: Tensor, steps: int
+    forward: Callable[[Tensor], Tensor], transposed: Callable[[Tensor], Tensor], start: Tensor, rows: int, steps: int
 ) -> Tensor:
-    """Upper bidiagonal B with U^T A = B V^T of every sample, (n, steps, steps + 1), fully reorthogonalised."""
-    n = len(start)
-    B = torch.zeros(n, steps, steps + 1, dtype=torch.float64, device=start.device)
-    V, U = _normalised(start)[0][:, None], start.new_zeros(n, 0, 0)
+    """Upper bidiagonal B with U^T A = B V^T of every sample, (n, steps, steps + 1).
+
+    The smaller of the two sides is fully reorthogonalised; the other follows by its recurrence, which keeps the
+    singular values of B right to rounding of |A| (Simon and Zha, SIAM J. Sci. Comput. 21 (2000)).
+    """
+    n, columns = start.shape
+    B = start.new_zeros(n, steps, steps + 1)
+    left = start.new_empty(n, steps, rows) if rows < columns else None
+    right = None if rows < columns else start.new_empty(n, steps + 1, columns)
+    v, u, beta = _normalised(start)[0], start.new_zeros(n, rows), start.new_zeros(n)
+    _keep(right, 0, v)
     for k in range(steps):
-        u, alpha = _normalised(_without(forward(V[:, k]), U))
-        U = u[:, None] if k == 0 else torch.cat([U, u[:, None]], 1)
-        v, beta = _normalised(_without(transposed(u), V))
-        V = torch.cat([V, v[:, None]], 1)
+        u, alpha = _normalised(_without(forward(v) - beta[:, None] * u, left, k))
+        _keep(left, k, u)
+        v, beta = _normalised(_without(transposed(u) - alpha[:, None] * v, right, k + 1))
+        _keep(right, k + 1, v)
         B[:, k, k], B[:, k, k + 1] = alpha, beta
     return B
+
+
+def _keep(basis: Tensor | None, k: int, x: Tensor) -> None:
+    if basis is not None:
+        basis[:, k] = x
 
 
 def _normalised(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,10 +238,19 @@ def _normalised(x: Tensor) -> tuple[Tensor, Tensor]:
     return x / torch.where(size > 0, size, math.inf)[:, None], size
 
 
-def _without(x: Tensor, basis: Tensor) -> Tensor:
-    """x less its part in the rows of the basis, (n, k, d), of every sample; twice, against rounding."""
-    for _ in range(2 if basis.shape[1] else 0):
-        x = x - torch.bmm(torch.bmm(basis, x[:, :, None]).transpose(1, 2), basis)[:, 0]
+def _without(x: Tensor, basis: Tensor | None, count: int) -> Tensor:
+    """x less its part in the first rows of the basis, (n, k, d), of every sample.
+
+    Once more where much of a sample's x went, against rounding.
+    """
+    if basis is None or not count:
+        return x
+    known = basis[:, :count]
+    for _ in range(2):
+        before = x.norm(dim=1)
+        x = torch.baddbmm(x[:, None], torch.bmm(x[:, None], known.mT), known, alpha=-1)[:, 0]
+        if not bool((x.norm(dim=1) < MUCH * before).any()):
+            break
     return x
 
 
