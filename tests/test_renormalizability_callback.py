@@ -106,7 +106,7 @@ def test_a_failing_measurement_is_one_warning(plain, tmp_path, monkeypatch):
     def broken(*args, **options):
         raise RuntimeError("no kernel today")
 
-    monkeypatch.setattr(module, "measure_conditions", broken)
+    monkeypatch.setattr(module, "conditions_at", broken)
     callback = RenormalizabilityCallback(num_probe=6, every_n_steps=3, **QUICK)
     with pytest.warns(MeasurementWarning) as caught:
         image, _ = lightning_run(tmp_path, [callback])

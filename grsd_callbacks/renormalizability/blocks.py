@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from grsd_callbacks.arguments import checked
-from grsd_callbacks.gram import exact_gram
+from grsd_callbacks.gram import Gram, exact_gram
 from grsd_callbacks.kernel import NTKOperator
 
 #: half-samples of the probe behind an interval
@@ -97,13 +97,29 @@ def _named(model: nn.Module, names: list[str], measured: list[str]) -> list[str]
     return names
 
 
+class BlockOperator(NTKOperator):
+    """An operator whose exact kernel is formed once, with its parts by module, so that `block_kernels` forms none."""
+
+    _by_module: Gram | None = None
+
+    def exact_gram(self, *, memory_limit: int | None = None) -> Gram:
+        """As for every operator, with `blocks`: m^2 numbers a module, kept as long as the operator."""
+        if self._by_module is None:
+            limit = memory_limit or self.gram_memory
+            self._by_module = exact_gram(self.function, self.inputs, memory_limit=limit, blocks="module")
+        return self._by_module
+
+
 @checked
 def block_kernels(op: NTKOperator, blocks: Sequence[Block]) -> dict[str, Tensor]:
     """J_l J_l^T of every block, float64, shape (m, m); they sum to J J^T exactly.
 
-    Cost: one exact kernel and m^2 floats a block.
+    Cost: one exact kernel (none where a `BlockOperator` has formed it) and m^2 floats a block.
     """
-    by_module = exact_gram(op.function, op.inputs, blocks="module").blocks or {}
+    if isinstance(op, BlockOperator):
+        by_module = op.exact_gram().blocks or {}
+    else:
+        by_module = exact_gram(op.function, op.inputs, memory_limit=op.gram_memory, blocks="module").blocks or {}
     m = op.shape[0]
     kernels = {}
     for block in blocks:
