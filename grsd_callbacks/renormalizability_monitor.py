@@ -73,6 +73,7 @@ class RenormalizabilityMonitor(ShellMonitor):
     """
 
     _title = "conditions of renormalizable shell dynamics"
+    _sparse = True
 
     def __init__(
         self,

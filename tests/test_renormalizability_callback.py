@@ -214,7 +214,7 @@ def test_default_cadence_is_log_spaced_and_within_its_share():
     """Measurements at start, end and between; their planned time is the share asked for."""
     monitor = loop(num_steps=400, total_steps=400, max_overhead=0.5, n=12)
     steps = [c.step for c in monitor.conditions]
-    assert steps[:2] == [0, 1] and steps[-1] == 400
+    assert steps[0] == 0 and 1 not in steps and steps[-1] == 400  # the first steps are only timed
     assert "log-spaced" in monitor.schedule.describe()
     ends = [s for s in steps if s > 6]
     assert len(ends) <= 1 + 2 * 2  # two a decade, and the end

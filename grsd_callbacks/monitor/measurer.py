@@ -58,6 +58,7 @@ class Measurer:
     report: str
 
     _title = "shell dynamics of the empirical NTK"
+    _sparse = False  # whether measurements are so dear that the schedule makes do with few
 
     def __init__(
         self,

@@ -132,7 +132,7 @@ class ShellMonitor(Measurer):
         self._arguments = plain_arguments(how, resolved, num_probe, nu)
         self._arguments.update(observe=observe, num_projections=num_projections)
         self._whole = isinstance(probe, (tuple, list, Probe))
-        self.schedule = make_schedule(every_n_steps, max_overhead, total_steps, per_decade, pair)
+        self.schedule = make_schedule(every_n_steps, max_overhead, total_steps, per_decade, pair, self._sparse)
         team = Team(Group.current() if distributed else Group())
         super().__init__(model, resolved, how, (observe, num_projections), team, distributed)
         self.samples = self.probe = self._whole_probe(probe, num_probe, unpack)
@@ -231,6 +231,7 @@ class ShellMonitor(Measurer):
         self._observe_schedule(step, elapsed)
         if not self._due(step):
             return None
+        self.schedule.begins()
         if coming is not None:
             self.run.size = coming()
         return self._watch.charged(lambda: self._attempt(step, lambda: self._take(step)))
@@ -243,7 +244,7 @@ class ShellMonitor(Measurer):
             self.schedule.load_state_dict(self.team.group.share(self.schedule.state_dict))
 
     def _due(self, step: int) -> bool:
-        due = self.schedule.due(step)
+        due = self.schedule.due(step) and self.team.group.share(self.schedule.affords)
         if self.history and self.history[-1].step >= step:  # resumed where a run had ended
             return False
         if self.pair and self.history and self.history[-1].step == step - 1:
