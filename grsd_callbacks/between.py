@@ -49,7 +49,10 @@ class BetweenSteps:
     def step_ended(self) -> None:
         """Remember the parameters as an optimizer step has left them."""
         self._versions = self._sum()
-        self._values = self._small.detach().clone()
+        if self._values is None or self._values.device != self._small.device:
+            self._values = self._small.detach().clone()
+        else:
+            self._values.copy_(self._small.detach())
 
     def written(self) -> bool:
         """Whether they have been written to since, and differ (asked once an interval)."""

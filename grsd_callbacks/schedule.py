@@ -188,7 +188,7 @@ class LogSchedule:
         return self._crossed(last, step)
 
     def affords(self) -> bool:
-        """Whether what is due is measured, or left out: the points to come share evenly what the allowance still has."""
+        """Whether what is due is measured, or left out: the points to come share evenly what is left to them."""
         if self.max_overhead is None or not self._decided or not self._ledger.costs:
             return True
         room, step = self._room(), self._ledger.step
@@ -202,9 +202,9 @@ class LogSchedule:
     def _room(self) -> float:
         """Further measurements that fit the allowance, beside what is kept for the end.
 
-        Cost of one: the (lower) median of the latest. Training time still to come: the steps left, at the faster of the paces
-        since the decision and since the last scheduled point. Half of the allowance is for measurements, whatever the
-        other steps' hooks take.
+        Cost of one: the lower median of the latest. Training time still to come: the steps left, at the faster of the
+        paces since the decision and since the last scheduled point. Half of the allowance is for measurements,
+        whatever the other steps' hooks take.
         """
         book = self._ledger
         assert self.max_overhead is not None

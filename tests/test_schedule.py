@@ -12,7 +12,7 @@ def due_steps(schedule, steps):
 
 
 def simulate(schedule, num_steps, *, per_step=1e-3, cost=1e-2, cold=0.0, first=0):
-    """(measured steps, seconds measuring, seconds training) of a loop on a synthetic clock; times may depend on step."""
+    """(measured steps, seconds measuring, seconds training) of a loop on a synthetic clock; times may depend on it."""
     measured, measuring, training = [], 0.0, 0.0
     for step in range(first, num_steps):
         schedule.observe(step, measuring, measuring + training)

@@ -29,7 +29,7 @@ from grsd_callbacks.losses import Loss
 from grsd_callbacks.measure import Settings
 from grsd_callbacks.monitor import ShellMonitor, check_num_probe, check_options, make_schedule
 from grsd_callbacks.observation import check_observe
-from grsd_callbacks.optimizer import step_size
+from grsd_callbacks.optimizer import StepSizes, step_size
 from grsd_callbacks.outlet import first_line, remedy, warn
 from grsd_callbacks.paths import import_lazily_loaded
 from grsd_callbacks.probe import Probe, probe_from, restored
@@ -172,6 +172,7 @@ class ShellDynamicsCallback(*facts.BASES):  # type: ignore[misc]
         self._global_step = self._step_axis = 0
         self._off = self._refused = False
         self._failed_starts, self._next_start = 0, 0
+        self._sizes = StepSizes()
 
     @property
     def history(self) -> list[Snapshot]:
@@ -228,7 +229,7 @@ class ShellDynamicsCallback(*facts.BASES):  # type: ignore[misc]
             return
         several = facts.raw_optimizers(trainer)
         if len(several) <= 1:
-            self.monitor.advance(step_size(optimizer))
+            self.monitor.advance(self._sizes.of(optimizer))
             return
         self.monitor.advance(step_size(optimizer), share=facts.share_of_parameters(optimizer, several))
         self.monitor.set_step_size(step_size(several))
