@@ -91,11 +91,11 @@ class StepSizes:
         if len(groups) != 1:
             return step_size(optimizer)
         group, kinds = groups[0], (type(optimizer), type(getattr(optimizer, "optimizer", optimizer)))
-        numbers = group.get("lr"), group.get("momentum"), group.get("dampening")
-        if any(isinstance(number, Tensor) for number in numbers):
+        lr, momentum, dampening = group.get("lr"), group.get("momentum"), group.get("dampening")
+        if isinstance(lr, Tensor) or isinstance(momentum, Tensor) or isinstance(dampening, Tensor):
             return step_size(optimizer)
-        if (kinds, numbers) != self._known:
-            self._known, self._size = (kinds, numbers), step_size(optimizer)
+        if (kinds, lr, momentum, dampening) != self._known:
+            self._known, self._size = (kinds, lr, momentum, dampening), step_size(optimizer)
         return self._size
 
 

@@ -6,6 +6,7 @@ Times are wall-clock seconds handed in by the caller; nothing here looks at a cl
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import asdict, dataclass, field
 from statistics import median, median_low
 from typing import Any
@@ -158,6 +159,7 @@ class LogSchedule:
         self._times: list[tuple[int, float, float]] = []
         self._spent_before: dict[int, float] = {}
         self._ledger = Ledger()
+        self._latest = (-1, 0.0, 0.0)
         self._per_step = 0.0  # seconds, as timed before the decision
         self._credit = 0.0  # share of a measurement that points left out have saved
         self._marks: list[tuple[int, float]] = []  # step and training seconds of the decision and of the last point
@@ -184,13 +186,15 @@ class LogSchedule:
         if not self._decided:
             return False
         if self.points is not None:
-            return any(last < point <= step for point in self.points)
+            coming = bisect_right(self.points, last)
+            return coming < len(self.points) and self.points[coming] <= step
         return self._crossed(last, step)
 
     def affords(self) -> bool:
         """Whether what is due is measured, or left out: the points to come share evenly what is left to them."""
         if self.max_overhead is None or not self._decided or not self._ledger.costs:
             return True
+        self._ledger.hear(*self._latest)
         room, step = self._room(), self._ledger.step
         waiting = 1 + sum(step < point < (self.total_steps or 0) for point in self.points or ())
         self._credit += min(1.0, max(0.0, room / waiting))
@@ -203,8 +207,7 @@ class LogSchedule:
         """Further measurements that fit the allowance, beside what is kept for the end.
 
         Cost of one: the lower median of the latest. Training time still to come: the steps left, at the faster of the
-        paces since the decision and since the last scheduled point. Half of the allowance is for measurements,
-        whatever the other steps' hooks take.
+        paces since the decision and since the last scheduled point.
         """
         book = self._ledger
         assert self.max_overhead is not None
@@ -215,7 +218,11 @@ class LogSchedule:
         allowed = self.max_overhead * (book.training + left * pace)
         hooks = book.hooks * (1 + left / max(book.step - book.first, 1))
         cost = max(median_low(book.costs), 1e-9) * (2 if self.pair else 1)
-        return (allowed - min(hooks, allowed / 2) - book.paid) / cost - self._kept
+        return (allowed - self._for_hooks(hooks, allowed) - book.paid) / cost - self._kept
+
+    def _for_hooks(self, hooks: float, allowed: float) -> float:
+        """Hooks, but where measurements are cheap they keep half of what is allowed on nets however small."""
+        return hooks if self.sparse else min(hooks, allowed / 2)
 
     def begins(self) -> None:
         """Tell that a measurement is made at the latest step."""
@@ -227,7 +234,10 @@ class LogSchedule:
 
     def observe(self, step: int, measuring_seconds: float, elapsed_seconds: float) -> None:
         """Tell the time at the start of a step: seconds spent measuring so far, and seconds since the run began."""
-        self._ledger.hear(step, measuring_seconds, elapsed_seconds)
+        self._latest = step, measuring_seconds, elapsed_seconds
+        if self._decided and not self._ledger.measures:  # else heard when a measurement is due
+            return
+        self._ledger.hear(*self._latest)
         if self._decided:
             return
         if step < TIMED_FROM:
@@ -246,13 +256,14 @@ class LogSchedule:
         per_step = max(median(laps), 1e-9)
         assert self.max_overhead is not None
         allowed = self.max_overhead * per_step
-        hooks = min(self._hooks(), allowed / 2)  # on nets so small half is left for measurements
+        hooks = self._for_hooks(self._hooks(), allowed)
         once = self._cost(spent)
         cost = MARGIN * once * (2 if self.pair else 1)
         self._decided = True
         self._per_step, self._marks = per_step, [(step, self._ledger.training)]
         if self.total_steps is None:
-            self.first = max(step, math.ceil(self.per_decade * cost / ((allowed - hooks) * math.log(10))))
+            left = max(allowed - hooks, 1e-3 * allowed)
+            self.first = max(step, math.ceil(self.per_decade * cost / (left * math.log(10))))
             self.decision = f"{self.per_decade} a decade from step {self.first}"
         else:
             budget = (allowed - hooks) * self.total_steps - spent

@@ -169,7 +169,7 @@ class ShellDynamicsCallback(*facts.BASES):  # type: ignore[misc]
         """The state before a fit; a resumed one loads its own after `setup`."""
         self.monitor: ShellMonitor | None = None
         self._resume: dict[str, Any] | None = None
-        self._global_step = self._step_axis = 0
+        self._step_axis, self._stepped = 0, False
         self._off = self._refused = False
         self._failed_starts, self._next_start = 0, 0
         self._sizes = StepSizes()
@@ -206,25 +206,25 @@ class ShellDynamicsCallback(*facts.BASES):  # type: ignore[misc]
         self._group.together(lambda: self._check(trainer, pl_module, folder))
         self._sinks.append(MetricsSink(lambda: trainer.callback_metrics))
 
-    @harmless
     @charged
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
         """Measure, if due, before the step."""
-        if self._waits(trainer):
-            return
-        if self.monitor is None and trainer.global_step >= self._next_start:
-            self.monitor = self._start(trainer, pl_module, batch)
         if self.monitor is None:
-            return
-        self._global_step = trainer.global_step
+            if self._waits(trainer):
+                return
+            if trainer.global_step >= self._next_start:
+                self.monitor = self._start(trainer, pl_module, batch)
+            if self.monitor is None:
+                return
+        self._stepped = False
         self._notice_writes()
-        self._step_axis = facts.step_axis(trainer)
+        self._step_axis = facts.step_axis(trainer, pl_module)
         self.monitor.observe(self._step_axis, lambda: step_size(facts.raw_optimizers(trainer)))
 
-    @harmless
     @charged
     def on_before_optimizer_step(self, trainer: Any, pl_module: nn.Module, optimizer: Any) -> None:
         """Advance flow time by the learning rate in force."""
+        self._stepped = True
         if self.monitor is None or not facts.has_gradient(optimizer):
             return
         several = facts.raw_optimizers(trainer)
@@ -234,11 +234,10 @@ class ShellDynamicsCallback(*facts.BASES):  # type: ignore[misc]
         self.monitor.advance(step_size(optimizer), share=facts.share_of_parameters(optimizer, several))
         self.monitor.set_step_size(step_size(several))
 
-    @harmless
     @charged
     def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Complete the latest measurement by the step that followed it."""
-        if self.monitor is not None and trainer.global_step > self._global_step:
+        if self.monitor is not None and self._stepped:
             self.monitor.finish_update(self._step_axis + 1)
             self._between.step_ended()
 
@@ -247,7 +246,7 @@ class ShellDynamicsCallback(*facts.BASES):  # type: ignore[misc]
         """Last measurement, summary, flush."""
         if self.monitor is not None:
             self._notice_writes()
-            self.monitor.finish(facts.step_axis(trainer))
+            self.monitor.finish(facts.step_axis(trainer, pl_module))
 
     def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
         """Everything measured so far is on disk already; close the files."""

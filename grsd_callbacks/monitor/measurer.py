@@ -46,6 +46,7 @@ class Measurer:
     Attributes:
         probe, loss, settings: what is measured, once `observe` has been considered; `samples` is the probe as given.
         report: the report at the start.
+        watch: time spent on measuring.
     """
 
     samples: Probe
@@ -76,7 +77,7 @@ class Measurer:
         self._twin = self._twin_of(model, distributed)
         self.run = Run()
         self.num_failed = 0
-        self._watch = Stopwatch()
+        self.watch = Stopwatch()
         self._last_step: int | None = None
         self._unwritten: int | None = None
         self._pending: Pending | None = None
@@ -250,16 +251,16 @@ class Measurer:
     @property
     def measuring_seconds(self) -> float:
         """Time spent on measuring so far."""
-        return self._watch.measuring_seconds
+        return self.watch.measuring_seconds
 
     @measuring_seconds.setter
     def measuring_seconds(self, seconds: float) -> None:
-        self._watch.measuring_seconds = seconds
+        self.watch.measuring_seconds = seconds
 
     @property
     def overhead(self) -> float:
         """Measuring time over training time without it, so far (a fraction); NaN before the first step."""
-        return self._watch.overhead(self._last_step)
+        return self.watch.overhead(self._last_step)
 
     def _attempt(self, step: int, function: Callable[[], Any]) -> Any:
         """Run a measurement; a failure is one warning a kind, counted and emitted."""

@@ -142,8 +142,8 @@ class ShellMonitor(Measurer):
         self.pair, self.work, self.transfer = pair, work or transfer, transfer
         self._versions: tuple[int, ...] | None = None
         import_lazily_loaded()
-        self._watch.charged(self._prepare)
-        self._watch.set_up()
+        self.watch.charged(self._prepare)
+        self.watch.set_up()
 
     def _whole_probe(self, probe: Any, num_probe: int | None, unpack: Any) -> Probe:
         """Rank zero's probe, on every rank."""
@@ -223,10 +223,11 @@ class ShellMonitor(Measurer):
 
     def observe(self, step: int, coming: Callable[[], StepSize] | None = None) -> Snapshot | None:
         """Measure if due at `step`, flow time being kept up to date by `advance`; `coming` gives the next step size."""
-        elapsed = self._watch.started(step)
+        elapsed = self.watch.started(step)
         if self._last_step is not None and step > self._last_step:
             self.run.steps_since += step - self._last_step
-            self.finish_update(step)
+            if self._pending is not None:
+                self.finish_update(step)
         self._last_step = step
         self._observe_schedule(step, elapsed)
         if not self._due(step):
@@ -234,17 +235,19 @@ class ShellMonitor(Measurer):
         self.schedule.begins()
         if coming is not None:
             self.run.size = coming()
-        return self._watch.charged(lambda: self._attempt(step, lambda: self._take(step)))
+        return self.watch.charged(lambda: self._attempt(step, lambda: self._take(step)))
 
     def _observe_schedule(self, step: int, elapsed: float) -> None:
         """Times differ between ranks; all decide at the same step, and then rank zero's decision is taken."""
         undecided = not self.schedule.decided
-        self.schedule.observe(step, self.measuring_seconds, elapsed)
+        self.schedule.observe(step, self.watch.measuring_seconds, elapsed)
         if undecided and self.schedule.decided:
             self.schedule.load_state_dict(self.team.group.share(self.schedule.state_dict))
 
     def _due(self, step: int) -> bool:
         due = self.schedule.due(step) and self.team.group.share(self.schedule.affords)
+        if not due and not self.pair:
+            return False
         if self.history and self.history[-1].step >= step:  # resumed where a run had ended
             return False
         if self.pair and self.history and self.history[-1].step == step - 1:
@@ -258,7 +261,7 @@ class ShellMonitor(Measurer):
             self._pending = pending
             return
         if step == pending.step + 1 and self.team.group.all(not pending.void):
-            self._watch.charged(lambda: self._attempt(step, lambda: self._add_update(pending)))
+            self.watch.charged(lambda: self._attempt(step, lambda: self._add_update(pending)))
 
     def _parameter_versions(self) -> tuple[int, ...]:
         return tuple(p._version for p in self.model.parameters())
@@ -294,7 +297,7 @@ class ShellMonitor(Measurer):
                 self.finish_update(last)
             self._last_step = last
             if not self.history or self.history[-1].step < last:
-                snapshot = self._watch.charged(lambda: self._attempt(last, lambda: self._take(last)))
+                snapshot = self.watch.charged(lambda: self._attempt(last, lambda: self._take(last)))
         self._pending = None
         self.team.group.together(self._conclude if self.team.leads else _nothing)
         return snapshot
@@ -303,7 +306,7 @@ class ShellMonitor(Measurer):
         if not self.history:
             return
         end = self.history[-1].step
-        fits = self._watch.charged(lambda: self._attempt(end, lambda: self._summarise(end)))
+        fits = self.watch.charged(lambda: self._attempt(end, lambda: self._summarise(end)))
         if self.figures and fits is not None:  # not part of the overhead
             self._note(end, self.outlet.figures(self.history, fits))
 
@@ -337,7 +340,7 @@ class ShellMonitor(Measurer):
             "last_step": self._last_step,
             "num_failed": self.num_failed,
             "measuring_seconds": self.measuring_seconds,
-            "elapsed_seconds": self._watch.elapsed_seconds,
+            "elapsed_seconds": self.watch.elapsed_seconds,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -371,7 +374,7 @@ class ShellMonitor(Measurer):
         self.schedule.load_state_dict(state["schedule"])
         self._last_step = state["last_step"]
         self.num_failed = int(state["num_failed"])
-        self._watch.restore(float(state["measuring_seconds"]), float(state["elapsed_seconds"]))
+        self.watch.restore(float(state["measuring_seconds"]), float(state["elapsed_seconds"]))
         self._pending = None
 
 
