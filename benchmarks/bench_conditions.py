@@ -33,7 +33,7 @@ from benchmarks import bench_overhead, common
 
 #: optimizer steps by size and net, and pairs of runs
 STEPS = {
-    "full": {"squared": 40_000, "cross_entropy": 16_000},
+    "full": {"squared": 36_000, "cross_entropy": 15_000},
     "small": {"squared": 4000, "cross_entropy": 4000},
     "tiny": {"squared": 12, "cross_entropy": 12},
 }

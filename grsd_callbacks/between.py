@@ -51,16 +51,16 @@ class BetweenSteps:
     def step_ended(self) -> None:
         """Remember the parameters as an optimizer step has left them."""
         self._versions = self._sum()
-        if not self._is_alias():
+        if self._alias is None or not self._is_current(self._alias):
             self._alias = self._small.detach()
             self._values = self._alias.clone()
         else:
             self._values.copy_(self._alias)
 
-    def _is_alias(self) -> bool:
+    def _is_current(self, alias: Tensor) -> bool:
         """Whether the alias still shows the parameter: that may have been moved, or its `.data` replaced."""
         plain = type(self._small) in (Tensor, nn.Parameter)  # others have no pointer to compare
-        return plain and self._alias is not None and self._alias.data_ptr() == self._small.data_ptr()
+        return plain and alias.data_ptr() == self._small.data_ptr()
 
     def written(self) -> bool:
         """Whether they have been written to since, and differ (asked once an interval)."""

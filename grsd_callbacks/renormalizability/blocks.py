@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from grsd_callbacks.arguments import checked
+from grsd_callbacks.exponents.intervals import student_quantile
 from grsd_callbacks.gram import Gram, exact_gram
 from grsd_callbacks.kernel import NTKOperator
+from grsd_callbacks.renormalizability.verdicts import Z
 
 #: half-samples of the probe behind an interval
 NUM_RESAMPLES = 24
@@ -260,7 +262,17 @@ def _half_sample_error(kernels: list[Tensor], num_outputs: int, num: int, seed: 
     for a in range(L):
         for b in range(a, L):
             G[:, a, b] = G[:, b, a] = half_products(kernels[a], kernels[b], weights).cpu().numpy()
-    return float(np.std([_cross_share(g) for g in G], ddof=1))
+    return resampled_error([_cross_share(g) for g in G])
+
+
+def resampled_error(values: Sequence[float]) -> float:
+    """Standard error from the values on half-samples, widened by Student's quantile over the normal one.
+
+    A scatter known from few draws needs that: 1.96 such errors then are the 95 % interval. NaN for fewer than two.
+    """
+    if len(values) < 2:
+        return math.nan
+    return float(np.std(values, ddof=1)) * student_quantile(0.95, len(values) - 1) / Z
 
 
 def half_samples(m: int, num_outputs: int, num: int, seed: int) -> list[Tensor]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -26,6 +25,7 @@ from grsd_callbacks.renormalizability.blocks import (
     block_kernels,
     find_blocks,
     half_samples,
+    resampled_error,
 )
 from grsd_callbacks.renormalizability.couplings import LogShiftInvariance, log_shift_invariance, refined
 from grsd_callbacks.renormalizability.evolution import JacobianEvolution, jacobian_evolution
@@ -232,7 +232,7 @@ def _measured(
         ),
         couplings=couplings,
         refined=shells.couplings(refined(grid), 0, local=False),
-        errors=_errors(kernel, shells, grid, op.num_outputs) if thorough else {},
+        errors=_errors(kernel, shells, grid, op.num_outputs, couplings.shells) if thorough else {},
         energy=budget.energy,
         dissipation=budget.dissipation,
         flux=shell_flux(lam, mdot, g, grid, width),
@@ -263,29 +263,39 @@ class _Shells:
         low = max(COUPLING_FLOOR * largest, float(lam[lam > 0].min()) / 10)
         return ShellGrid.logarithmic(min(low, largest / 10), largest * 10**HEADROOM, self.settings.shells_per_decade)
 
-    def couplings(self, grid: ShellGrid, num_null: int, local: bool = True) -> LogShiftInvariance:
+    def couplings(
+        self, grid: ShellGrid, num_null: int, local: bool = True, shells: Sequence[int] | None = None
+    ) -> LogShiftInvariance:
         lam, mdot, g = self.modes()
         return log_shift_invariance(
             lam, mdot, grid, coefficients=g if local else None, min_modes=self.least,
-            drop_top=self.settings.drop_top, num_null=num_null, seed=self.settings.seed,
+            drop_top=self.settings.drop_top, shells=shells, num_null=num_null, seed=self.settings.seed,
         )  # fmt: skip
 
 
-def _errors(kernel: Tensor, shells: _Shells, grid: ShellGrid, num_outputs: int) -> dict[str, float]:
-    """Standard errors of the couplings from half-samples of the probe (delete-half jackknife)."""
+def _errors(
+    kernel: Tensor, shells: _Shells, grid: ShellGrid, num_outputs: int, used: Sequence[int]
+) -> dict[str, float]:
+    """Standard errors of the couplings from half-samples of the probe (delete-half jackknife).
+
+    A half has half of the modes: were its shells chosen anew, shells that come and go would add a scatter of their own.
+    So defect and zeta are those of the shells that the whole probe has used; where a half has too few modes there, of
+    its own shells of half as many modes at least, which makes the errors of the smallest probes too large.
+    """
     m, found, settings = kernel.shape[0], [], shells.settings
     for rows in half_samples(m, num_outputs, settings.num_resamples, settings.seed):
         nu = shells.nu * m / len(rows)  # the mean loss over half of the samples
         spectrum = eigendecomposition(kernel[rows][:, rows], nu)
         half = _Shells(shells.moved[rows][:, rows], shells.residual[rows], nu, settings, spectrum)
-        half.least = max(1, shells.least // 2)  # half the modes in every shell
-        found.append(half.couplings(grid, 0))
+        same = half.couplings(grid, 0, shells=used)
+        half.least = max(1, shells.least // 2)
+        found.append(half.couplings(grid, 0) if same.reason else same)
     return {name: _deviation([getattr(c, name) for c in found]) for name in ("defect", "zeta", "locality")}
 
 
 def _deviation(values: list[float]) -> float:
     known = [v for v in values if math.isfinite(v)]
-    return statistics.stdev(known) if len(known) >= max(2, len(values) // 2) else math.nan
+    return resampled_error(known) if len(known) >= max(2, len(values) // 2) else math.nan
 
 
 def _kink_gap(op: NTKOperator, drift: Tensor, moved: Tensor) -> float:

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from grsd_callbacks.arguments import checked
 from grsd_callbacks.kernel import NTKOperator
-from grsd_callbacks.renormalizability.blocks import Block, block_kernels, find_blocks, half_products, half_weights
+from grsd_callbacks.renormalizability.blocks import (
+    Block,
+    block_kernels,
+    find_blocks,
+    half_products,
+    half_weights,
+    resampled_error,
+)
 from grsd_callbacks.transfer import kernel_velocity
 
 
@@ -165,4 +172,4 @@ def _half_sample_error(kernel: Tensor, moved: Tensor, nu: float, num_outputs: in
     if not (size > 0).all():
         return math.nan
     scale = nu * weights.shape[1] / weights[0].sum().item()
-    return float(np.std(np.sqrt(change) / (scale * size), ddof=1))
+    return resampled_error(np.sqrt(change) / (scale * size))

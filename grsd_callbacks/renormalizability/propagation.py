@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from grsd_callbacks.arguments import checked
 from grsd_callbacks.kernel import NTKOperator
 from grsd_callbacks.losses import Loss
-from grsd_callbacks.renormalizability.blocks import Block, find_blocks
+from grsd_callbacks.renormalizability.blocks import Block, find_blocks, resampled_error
 
 #: probability that some upper bound of a call is too small
 FAILURE = 0.01
@@ -264,7 +264,7 @@ def _spread_error(norms: Tensor, num: int, seed: int) -> float:
         return math.nan
     random = torch.Generator().manual_seed(seed)
     halves = [torch.randperm(len(norms), generator=random)[: len(norms) // 2] for _ in range(num)]
-    return float(np.std([_spread(norms[half]) for half in halves], ddof=1))
+    return resampled_error([_spread(norms[half]) for half in halves])
 
 
 def _trend(norms: Tensor, num_null: int, seed: int) -> dict[str, float]:
