@@ -58,7 +58,8 @@ class RenormalizabilityMonitor(ShellMonitor):
     Raises:
         ValueError, TypeError: wrong arguments, fewer than two blocks, or too many rows (at construction).
 
-    Cost: a measurement takes four exact kernels, two eigendecompositions and about 25 double-backward passes.
+    Cost: a measurement takes three exact kernels, one eigendecomposition and about 25 double-backward passes. On
+        several ranks the shells' kernel is divided, and rank zero forms one more.
 
     Example:
         >>> import torch

@@ -17,7 +17,7 @@ from grsd_callbacks.renormalizability import blocks, conditions, evolution, prop
 from grsd_callbacks.renormalizability.verdicts import Z
 from grsd_callbacks.spectrum import eigendecomposition
 
-DRAWS = 300
+DRAWS = 200
 
 
 def coverage(values, errors, truth):
@@ -166,18 +166,10 @@ def test_intervals_of_couplings_and_speed_cover(n):
         assert LOW <= found <= HIGH, name
 
 
-@pytest.mark.slow
-def test_intervals_of_couplings_are_wide_on_small_probes():
-    """48 rows have three to six shells: the intervals of defect and zeta hold too much, never too little."""
-    found = couplings(48)
-    assert found["defect"] >= LOW and found["zeta"] >= LOW
-    assert LOW <= found["locality"] <= HIGH and LOW <= found["kernel_speed"] <= HIGH
-
-
 def main():
     for n in (32, 64):
         print(f"n = {n}: cross share {coherence(n):.3f}, spread {gradients(n):.3f}")
-    for n in (48, 96, 160):
+    for n in (96, 160):
         print(f"n = {n}: " + ", ".join(f"{name} {found:.3f}" for name, found in couplings(n).items()))
 
 

@@ -208,29 +208,18 @@ def _largest_singular_value(h: Tensor, after: Tensor, num_steps: int, failure: f
 def _bidiagonal(
     forward: Callable[[Tensor], Tensor], transposed: Callable[[Tensor], Tensor], start: Tensor, rows: int, steps: int
 ) -> Tensor:
-    """Upper bidiagonal B with U^T A = B V^T of every sample, (n, steps, steps + 1).
+    """Upper bidiagonal B with U^T A = B V^T of every sample, (n, steps, steps + 1), fully reorthogonalised.
 
-    The smaller of the two sides is fully reorthogonalised; the other follows by its recurrence, which keeps the
-    singular values of B right to rounding of |A| (Simon and Zha, SIAM J. Sci. Comput. 21 (2000)).
+    On both sides: where the Krylov space is exhausted, a recurrence on one side would run away.
     """
     n, columns = start.shape
     B = start.new_zeros(n, steps, steps + 1)
-    left = start.new_empty(n, steps, rows) if rows < columns else None
-    right = None if rows < columns else start.new_empty(n, steps + 1, columns)
-    v, u, beta = _normalised(start)[0], start.new_zeros(n, rows), start.new_zeros(n)
-    _keep(right, 0, v)
+    U, V = start.new_empty(n, steps, rows), start.new_empty(n, steps + 1, columns)
+    V[:, 0] = _normalised(start)[0]
     for k in range(steps):
-        u, alpha = _normalised(_without(forward(v) - beta[:, None] * u, left, k))
-        _keep(left, k, u)
-        v, beta = _normalised(_without(transposed(u) - alpha[:, None] * v, right, k + 1))
-        _keep(right, k + 1, v)
-        B[:, k, k], B[:, k, k + 1] = alpha, beta
+        U[:, k], B[:, k, k] = _normalised(_without(forward(V[:, k]), U[:, :k]))
+        V[:, k + 1], B[:, k, k + 1] = _normalised(_without(transposed(U[:, k]), V[:, : k + 1]))
     return B
-
-
-def _keep(basis: Tensor | None, k: int, x: Tensor) -> None:
-    if basis is not None:
-        basis[:, k] = x
 
 
 def _normalised(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,17 +227,11 @@ def _normalised(x: Tensor) -> tuple[Tensor, Tensor]:
     return x / torch.where(size > 0, size, math.inf)[:, None], size
 
 
-def _without(x: Tensor, basis: Tensor | None, count: int) -> Tensor:
-    """x less its part in the first rows of the basis, (n, k, d), of every sample.
-
-    Once more where much of a sample's x went, against rounding.
-    """
-    if basis is None or not count:
-        return x
-    known = basis[:, :count]
-    for _ in range(2):
+def _without(x: Tensor, basis: Tensor) -> Tensor:
+    """x less its part in the rows of the basis, (n, k, d), of every sample; again where much of it went."""
+    for _ in range(2 if basis.shape[1] else 0):
         before = x.norm(dim=1)
-        x = torch.baddbmm(x[:, None], torch.bmm(x[:, None], known.mT), known, alpha=-1)[:, 0]
+        x = torch.baddbmm(x[:, None], torch.bmm(x[:, None], basis.mT), basis, alpha=-1)[:, 0]
         if not bool((x.norm(dim=1) < MUCH * before).any()):
             break
     return x
