@@ -88,7 +88,6 @@ def measured(name: str, steps: int, pairs: int) -> dict:
     callbacks = sorted((found[True]["callback"] for found in rounds), key=lambda c: c.monitor.overhead)
     callback = callbacks[len(callbacks) // 2]
     found = callback.conditions
-    ledger = callback.monitor.schedule.state_dict()["ledger"]
 
     def percent(clock: str) -> list[float]:
         return [100 * (found[True][clock] / found[False][clock] - 1) for found in rounds]
@@ -100,7 +99,6 @@ def measured(name: str, steps: int, pairs: int) -> dict:
         "seconds_each": [round(c.cost["seconds"], 4) for c in found[:-1]],
         "overhead_percent": 100 * callback.monitor.overhead,
         "overhead_percent_of_runs": [100 * c.monitor.overhead for c in callbacks],
-        "hooks_percent": 100 * ledger["hooks"] / max(ledger["elapsed"] - ledger["spent"], 1e-9),
         "schedule": callback.monitor.schedule.describe(),
         "paired_cpu_percent": percent("cpu"),
         "paired_wall_percent": percent("wall"),
@@ -122,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     results = {name: measured(name, steps, pairs) for name, steps in cases.items()}
     for name, r in results.items():
         print(
-            f"{name}: {r['overhead_percent']:.2f} % by its own account ({r['hooks_percent']:.2f} % hooks) in "
+            f"{name}: {r['overhead_percent']:.2f} % by its own account in "
             f"{r['steps']} steps of {r['training_cpu_seconds']:.0f} s CPU, measured at {r['measured_at']}"
         )
         print(
