@@ -5,6 +5,7 @@ No copies of the model: version counters say that something was written, one sma
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 #: parameters whose version counters are looked at
@@ -20,7 +21,7 @@ class BetweenSteps:
     the first two steps already is taken for a part of every step (weight clipping, say), and is no event.
 
     Cost: one look at the version counters of at most `MOST_WATCHED` parameters, spread over the module (what loads,
-        averages or swaps weights writes to all), and a clone of the smallest one, at each step.
+        averages or swaps weights writes to all), and a copy of the smallest one, at each step.
 
     Example:
         >>> import torch
@@ -42,14 +43,24 @@ class BetweenSteps:
         self._small = min(parameters, key=lambda p: p.numel())
         self._watched = [self._small, *parameters[:: -(-len(parameters) // MOST_WATCHED)]]
         self._versions: int | None = None
-        self._values: Tensor | None = None
+        self._alias: Tensor | None = None  # the smallest one without its gradient, and a copy of it
+        self._values = torch.empty(0)
         self._intervals = 0
         self._usual = False
 
     def step_ended(self) -> None:
         """Remember the parameters as an optimizer step has left them."""
         self._versions = self._sum()
-        self._values = self._small.detach().clone()
+        if self._alias is None or not self._is_current(self._alias):
+            self._alias = self._small.detach()
+            self._values = self._alias.clone()
+        else:
+            self._values.copy_(self._alias)
+
+    def _is_current(self, alias: Tensor) -> bool:
+        """Whether the alias still shows the parameter: that may have been moved, or its `.data` replaced."""
+        plain = type(self._small) in (Tensor, nn.Parameter)  # others have no pointer to compare
+        return plain and alias.data_ptr() == self._small.data_ptr()
 
     def written(self) -> bool:
         """Whether they have been written to since, and differ (asked once an interval)."""
@@ -57,10 +68,10 @@ class BetweenSteps:
         if before is None or self._usual:
             return False
         self._intervals += 1
-        if before == self._sum() or (self._values is not None and bool((self._values == self._small).all())):
+        if before == self._sum() or bool((self._values == self._small).all()):
             return False
         self._usual = self._intervals == 1
         return not self._usual
 
     def _sum(self) -> int:
-        return sum(p._version for p in self._watched)
+        return sum([p._version for p in self._watched])  # a list: this runs twice a step

@@ -67,6 +67,38 @@ def step_size(optimizers: Optimizer | Iterable[Optimizer]) -> StepSize:
     return StepSize(lr, flow, bool(reasons), "; ".join(reasons))
 
 
+class StepSizes:
+    """`step_size` of one optimizer at every step of a training: read in full only where its numbers have changed.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.5)
+        >>> sizes = StepSizes()
+        >>> sizes.of(optimizer) is sizes.of(optimizer)
+        True
+        >>> optimizer.param_groups[0]["lr"] = 0.25
+        >>> sizes.of(optimizer).flow
+        0.25
+    """
+
+    def __init__(self) -> None:
+        self._known: tuple[Any, ...] = ()
+        self._size = NO_STEP_SIZE
+
+    def of(self, optimizer: Any) -> StepSize:
+        """As `step_size(optimizer)`; numbers that are tensors may change in place, and are always read."""
+        groups = optimizer.param_groups
+        if len(groups) != 1:
+            return step_size(optimizer)
+        group, kinds = groups[0], (type(optimizer), type(getattr(optimizer, "optimizer", optimizer)))
+        lr, momentum, dampening = group.get("lr"), group.get("momentum"), group.get("dampening")
+        if isinstance(lr, Tensor) or isinstance(momentum, Tensor) or isinstance(dampening, Tensor):
+            return step_size(optimizer)
+        if (kinds, lr, momentum, dampening) != self._known:
+            self._known, self._size = (kinds, lr, momentum, dampening), step_size(optimizer)
+        return self._size
+
+
 def _group_flow(optimizer: Optimizer, group: dict[str, Any]) -> tuple[float, float]:
     lr = group.get("lr")
     if not isinstance(lr, (int, float, Tensor)):  # optimizers that set their own step size

@@ -18,7 +18,9 @@ class RenormalizabilityCallback(ShellDynamicsCallback):
 
     Add it to any Trainer, alone or beside `ShellDynamicsCallback`; training stays bit-identical. Measured before the
     first step, at its end, and log-spaced between, within `max_overhead`; nulls and probe-resampling intervals only at
-    the end, outside that share. The verdicts are in `verdict`, in `summary()`, in every logger as the text card
+    the end, outside that share. On several ranks rank zero measures the conditions and judges.
+
+    The verdicts are in `verdict`, in `summary()`, in every logger as the text card
     `grsd_renorm/verdicts` with a figure, and in `grsd_renorm.jsonl`. How a condition is measured, and every threshold,
     is this package's own (`DEFINITIONS`, `LIMITS`).
 

@@ -19,17 +19,20 @@ from grsd_callbacks import tags
 from grsd_callbacks.emission import Emission
 from grsd_callbacks.exponents import PowerLawFit
 from grsd_callbacks.figures import conditions_figure
-from grsd_callbacks.measure import operator_for
+from grsd_callbacks.flux import KernelState
+from grsd_callbacks.kernel import NTKOperator
+from grsd_callbacks.measure import Instant, operator_for
 from grsd_callbacks.monitor import ShellMonitor, on_every_rank
 from grsd_callbacks.outlet import Outlet
 from grsd_callbacks.renormalizability import (
+    BlockOperator,
     Conditions,
     ConditionSettings,
     RunVerdict,
+    conditions_at,
     find_blocks,
     gradient_propagation,
     judge,
-    measure_conditions,
 )
 from grsd_callbacks.shells import ShellGrid
 from grsd_callbacks.snapshot import Snapshot
@@ -56,7 +59,8 @@ class RenormalizabilityMonitor(ShellMonitor):
     Raises:
         ValueError, TypeError: wrong arguments, fewer than two blocks, or too many rows (at construction).
 
-    Cost: a measurement takes four exact kernels, two eigendecompositions and about 25 double-backward passes.
+    Cost: a measurement takes three exact kernels, one eigendecomposition and about 25 double-backward passes. On
+        several ranks the shells' kernel is divided, and rank zero forms one more.
 
     Example:
         >>> import torch
@@ -71,6 +75,7 @@ class RenormalizabilityMonitor(ShellMonitor):
     """
 
     _title = "conditions of renormalizable shell dynamics"
+    _sparse = True
 
     def __init__(
         self,
@@ -86,6 +91,7 @@ class RenormalizabilityMonitor(ShellMonitor):
         self.conditions: list[Conditions] = []
         self.verdict: RunVerdict | None = None
         self.final_seconds = math.nan
+        self._found: Any = None  # operator and eigenpairs of the measurement in progress
         writer = options.pop("writer", None)
         fixed = {"method": "exact", "pair": False, "work": False, "transfer": False, "figures_every_n_steps": None}
         super().__init__(model, loss, probe, per_decade=per_decade, **{**options, **fixed})
@@ -99,20 +105,32 @@ class RenormalizabilityMonitor(ShellMonitor):
     def _prepare_here(self) -> tuple[str, str]:
         """As for shells; also whether there are blocks, activations and few enough rows."""
         prepared = super()._prepare_here()
-        op = operator_for(self.model, self.probe, self.settings)
+        op = operator_for(self._unsharded, self.probe, self.settings)
         if op.shape[0] > MAX_ROWS:
             raise ValueError(
                 f"the probe has {op.num_samples} samples x {op.num_outputs} outputs = {op.shape[0]} rows, and the "
                 f"conditions need exact kernels of at most {MAX_ROWS}; give a smaller num_probe, or outputs= a "
                 "function that picks fewer outputs"
             )
-        blocks = find_blocks(self.model, self.how.blocks, op.parameter_names)
+        blocks = find_blocks(self._unsharded, self.how.blocks, op.parameter_names)
         if len(blocks) < 2:
             raise ValueError(f"the conditions compare blocks, and {type(self.model).__name__} has {len(blocks)}")
         gradient_propagation(op, self.probe.targets, self.loss, blocks, num_steps=1)
         return prepared
 
     # -- one measurement ---------------------------------------------------------------------------------
+
+    def _operator(self) -> NTKOperator:
+        """One for shells and conditions, where no other rank takes part in the shells."""
+        return super()._operator() if self.team.divided else self._own_operator()
+
+    def _own_operator(self) -> NTKOperator:
+        return BlockOperator(self._unsharded, self.probe.inputs, **self._function_options())
+
+    def _measured(self, op: NTKOperator) -> Instant:
+        instant = super()._measured(op)
+        self._found = op, instant.state
+        return instant
 
     def _take(self, step: int) -> Snapshot:
         snapshot = super()._take(step)
@@ -124,20 +142,20 @@ class RenormalizabilityMonitor(ShellMonitor):
 
     def _conditions_at(self, snapshot: Snapshot) -> Conditions:
         """On rank zero alone: exact kernels of the whole probe."""
-        found = replace(self._measured_conditions(thorough=False), step=snapshot.step, flow_time=snapshot.flow_time)
+        (op, state), self._found = self._found, None
+        if self.team.divided:
+            op = self._own_operator()
+        found = self._measured_conditions(op, state, thorough=False)
+        found = replace(found, step=snapshot.step, flow_time=snapshot.flow_time)
         found.cost["overhead_percent"] = 100 * self.overhead
         report = self.report if not self.conditions else None
         written = self.outlet.conditions(found, snapshot, self.num_failed, report)
         self._note(snapshot.step, written)
         return found
 
-    def _measured_conditions(self, *, thorough: bool) -> Conditions:
-        s = self.settings
+    def _measured_conditions(self, op: NTKOperator, state: KernelState | None = None, *, thorough: bool) -> Conditions:
         grid = ShellGrid(self.conditions[0].edges) if self.conditions else None
-        return measure_conditions(
-            self.model, self.probe, self.loss, self.how, grid,
-            thorough=thorough, params=s.params, outputs=s.outputs, dtype=s.dtype,
-        )  # fmt: skip
+        return conditions_at(op, self.probe, self.loss, self.how, grid, thorough=thorough, state=state)
 
     # -- the end -----------------------------------------------------------------------------------------
 
@@ -150,7 +168,7 @@ class RenormalizabilityMonitor(ShellMonitor):
 
     def _judge(self, end: int) -> None:
         last = self.conditions[-1]
-        found = self._measured_conditions(thorough=True)
+        found = self._measured_conditions(self._own_operator(), thorough=True)
         self.conditions[-1] = replace(found, step=end, flow_time=last.flow_time, cost={**found.cost, **last.cost})
         fits = self.final_exponents()
         signs = regime_signs(self.history, fits["rho"])

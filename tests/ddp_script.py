@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from grsd_callbacks import ShellDynamicsCallback
+from grsd_callbacks import RenormalizabilityCallback, ShellDynamicsCallback, renormalizability_monitor
 from grsd_callbacks.kernel import NTKOperator
 
 MOMENTUM = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -71,6 +71,29 @@ def broken(rank, where, method, on_call, error):
     return rank_cases.replaced(
         NTKOperator, method, rank_cases.failing(original, on_call, error) if rank == where else original
     )
+
+
+def conditions(folder, make=fit, **options):
+    """A run with the conditions: what it leaves, what each rank knows of them, what it warned of."""
+    callback = RenormalizabilityCallback(num_probe=15, num_null=19, num_resamples=4, **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        left = make(folder, callback)
+    return {
+        "image": image(*left) if make is fit else left,
+        "conditions": [{**c.to_dict(), "cost": {}} for c in callback.conditions],
+        "verdicts": None if callback.verdict is None else [v.condition for v in callback.verdict.verdicts],
+        "files": sorted(path.name for path in folder.rglob("grsd_renorm*.jsonl")),
+        "failed": callback.monitor.num_failed,
+        "warnings": [str(w.message) for w in caught if "grsd" in str(w.message)],
+    }
+
+
+def broken_conditions(rank):
+    """The second measurement of conditions fails on the rank that makes them."""
+    original = renormalizability_monitor.conditions_at
+    failing = rank_cases.failing(original, 2, RuntimeError("no conditions"))
+    return rank_cases.replaced(renormalizability_monitor, "conditions_at", original if rank else failing)
 
 
 class Sharded(cases.Module):
@@ -136,6 +159,11 @@ def run(folder):
     found["resumed"] = resumed.found, [s.step for s in resumed.history]
     callback = ShellDynamicsCallback(every_n_steps=2, num_probe=15, json_lines=None)
     images = sharded(folder / "sharded"), sharded(folder / "sharded measured", callback)
+    found["conditions"] = conditions(folder / "conditions", every_n_steps=1)
+    found["conditions by default"] = conditions(folder / "conditions by default", max_overhead=50.0)
+    with broken_conditions(rank):
+        found["conditions failing"] = conditions(folder / "conditions failing", every_n_steps=1)
+    found["conditions sharded"] = conditions(folder / "conditions sharded", make=sharded, every_n_steps=1)
     found["sharded"] = images, [s.to_dict() for s in callback.history], callback.monitor.report
     return rank, found
 

@@ -116,5 +116,6 @@ def test_missing_interpreter_is_reported(monkeypatch, tmp_path):
 def test_conditions(tmp_path):
     found = run(bench_conditions, tmp_path)
     for r in found.values():
-        assert r["measured_at"][:2] == [0, 1] and r["measured_at"][-1] == r["steps"] == 12
+        assert r["measured_at"][0] == 0 and r["measured_at"][-1] == r["steps"] == 12
+        assert len(r["paired_cpu_percent"]) == len(r["paired_wall_percent"]) == 1
         assert r["overhead_percent"] > 0 and r["final_seconds"] > 0 and len(r["verdicts"]) == 6

@@ -337,7 +337,7 @@ def test_doctor_counts_the_cheaper_of_two_whole_measurements(here, capsys, monke
         original = getattr(Measurer, name)
 
         def slower(self, *args, original=original):
-            self._watch.measuring_seconds += next(added)
+            self.watch.measuring_seconds += next(added)
             return original(self, *args)
 
         monkeypatch.setattr(Measurer, name, slower)

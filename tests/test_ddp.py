@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_distributed import assert_same_run
 
-from grsd_callbacks import ShellMonitor
+from grsd_callbacks import Conditions, RenormalizabilityMonitor, ShellMonitor
 
 SCRIPT = Path(ddp_script.__file__)
 
@@ -111,3 +111,52 @@ def test_a_sharded_model_is_measured_like_a_whole_one(ranks):
 def test_a_checkpoint_resumes_on_all_ranks(ranks):
     for found in ranks:
         assert found["resumed"] == ([0, 2], [0, 2, 4])
+
+
+# ---- conditions: measured by rank zero, shared with all ----
+
+
+@pytest.mark.parametrize("name", ["conditions", "conditions by default", "conditions failing"])
+def test_conditions_leave_training_as_it_was(ranks, name):
+    for found in ranks:
+        assert cases.differences(found["plain"], found[name]["image"]) == []
+
+
+def test_both_ranks_know_the_conditions_and_rank_zero_judges(ranks):
+    first, second = (found["conditions"] for found in ranks)
+    assert [c["step"] for c in first["conditions"]] == [c["step"] for c in second["conditions"]] == [0, 1, 2]
+    assert repr(first["conditions"][:-1]) == repr(second["conditions"][:-1])  # the last one is thorough where it judges
+    assert first["conditions"][-1]["errors"] and not second["conditions"][-1]["errors"]
+    assert len(first["verdicts"]) == 6 and second["verdicts"] is None
+    assert (first["failed"], second["failed"], first["warnings"], second["warnings"]) == (0, 0, [], [])
+    assert [c["step"] for c in ranks[1]["conditions by default"]["conditions"]] == [0, 2]
+
+
+def test_conditions_are_those_of_one_process(ranks):
+    first, second = (found["first batch"] for found in ranks)
+    probe = tuple(torch.cat([a[:8], b[:7]]) for a, b in zip(first, second))
+    cases.seed()
+    monitor = RenormalizabilityMonitor(cases.bn_dropout(), "cross_entropy", probe)
+    monitor.step(0, lr=0.1)
+    there, alone = Conditions.from_dict(ranks[1]["conditions"]["conditions"][0]), monitor.conditions[0]
+    for group, name in (("propagation", "spread"), ("incoherence", "cross_share"), ("evolution", "kernel_speed")):
+        assert getattr(getattr(there, group), name) == pytest.approx(getattr(getattr(alone, group), name), rel=1e-5)
+    assert there.loss == pytest.approx(alone.loss, rel=1e-6)
+
+
+def test_conditions_that_fail_on_rank_zero_fail_on_all(ranks):
+    first, second = (found["conditions failing"] for found in ranks)
+    assert [c["step"] for c in first["conditions"]] == [c["step"] for c in second["conditions"]] == [0, 2]
+    assert first["failed"] == second["failed"] == 1 and second["warnings"] == []
+    (warning,) = first["warnings"]
+    assert "measurement at step 1 failed on rank 0 (RuntimeError: no conditions)" in warning
+    assert len(first["verdicts"]) == 6
+
+
+def test_conditions_of_a_sharded_model_are_those_of_a_whole_one(ranks):
+    for found in ranks:
+        plain, _ = found["sharded"][0]
+        sharded = found["conditions sharded"]
+        assert repr(plain) == repr(sharded["image"]) and sharded["failed"] == 0
+        there, here = (Conditions.from_dict(c["conditions"][0]) for c in (found["conditions"], sharded))
+        assert here.evolution.kernel_speed == pytest.approx(there.evolution.kernel_speed, rel=1e-5)

@@ -243,7 +243,7 @@ def test_a_resumed_loop_keeps_the_cadence(clock):
     net, x, y = problem()
     resumed = ShellMonitor(net, "mse", (x, y), work=False, writer=MemorySink(), **options)
     resumed.load_state_dict(monitor.state_dict())
-    assert resumed._watch.drawing_seconds == pytest.approx(4.0) and found == [3, 6]
+    assert resumed.watch.drawing_seconds == pytest.approx(4.0) and found == [3, 6]
     for step in range(8, 13):
         resumed.step(step, lr=0.01)
     assert [e.step for e in resumed.outlet.sinks.sinks[0].emissions if e.figures] == [9, 12]

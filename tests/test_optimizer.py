@@ -11,7 +11,7 @@ from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 
 from grsd_callbacks import ShellDynamicsCallback
-from grsd_callbacks.optimizer import NO_STEP_SIZE, step_size
+from grsd_callbacks.optimizer import NO_STEP_SIZE, StepSizes, step_size
 
 
 def parameter(size=1):
@@ -37,6 +37,21 @@ def test_descent_has_an_exact_flow_time(make, lr, flow):
 def test_adaptive_optimizers_are_nominal(kind):
     size = step_size(kind([parameter()], lr=0.01))
     assert size.flow == 0.01 and size.nominal and kind.__name__ in size.why
+
+
+def test_sizes_read_at_every_step_follow_what_changes():
+    """Learning rate, momentum and kind of optimizer, a tensor written in place, and a group that is added."""
+    sizes, optimizer = StepSizes(), SGD([parameter()], lr=0.5)
+    assert sizes.of(optimizer) is sizes.of(optimizer) and sizes.of(optimizer) == step_size(optimizer)
+    for changes in ({"lr": 0.25}, {"momentum": 0.5}, {"dampening": 0.5}, {"lr": torch.tensor(0.125)}):
+        optimizer.param_groups[0].update(changes)
+        assert sizes.of(optimizer) == step_size(optimizer)
+    optimizer.param_groups[0]["lr"].fill_(2.0)
+    assert sizes.of(optimizer).lr == 2.0
+    optimizer.add_param_group({"params": [parameter(2)], "lr": 0.1})
+    assert sizes.of(optimizer) == step_size(optimizer) and sizes.of(optimizer).nominal
+    same = [kind([parameter()], lr=0.1) for kind in (SGD, torch.optim.RMSprop)]
+    assert [sizes.of(o).nominal for o in same] == [False, True]
 
 
 def test_several_learning_rates_are_weighed_by_parameters():

@@ -185,11 +185,46 @@ def test_wrong_numbers_raise(changes, message):
     chain = CovariantChain(num_modes=8)
     with pytest.raises(ValueError, match=message):
         log_shift_invariance(chain.eigenvalues, chain_rate(chain), chain_grid(chain), **changes)
+    with pytest.raises(ValueError, match="shells must be indices from 1 to 8"):
+        log_shift_invariance(chain.eigenvalues, chain_rate(chain), chain_grid(chain), shells=[0, 3])
     with pytest.raises(ValueError, match=r"velocity must have shape \(8, 8\)"):
         log_shift_invariance(chain.eigenvalues, torch.eye(3), chain_grid(chain))
 
 
+def test_shells_may_be_given():
+    """The same shells as those that are chosen give the same fit; a part of them is a fit of its own."""
+    chain = CovariantChain(num_modes=8)
+    args = (chain.eigenvalues, chain_rate(chain, torch.exp(0.3 * randn(7))), chain_grid(chain))
+    found = log_shift_invariance(*args, min_modes=1, drop_top=0)
+    same = log_shift_invariance(*args, shells=found.shells)  # min_modes would refuse all of them
+    assert (same.defect, same.zeta, same.shells) == (found.defect, found.zeta, found.shells)
+    assert log_shift_invariance(*args, shells=[3, 2, 4, 5, 6, 7]).shells == (2, 3, 4, 5, 6, 7)
+
+
 # ---- blocks and their kernels ----
+
+
+def test_half_products_are_those_of_the_submatrices():
+    """Six samples of two outputs, against principal submatrices row by row."""
+    from grsd_callbacks.renormalizability.blocks import half_products, half_samples, half_weights
+
+    a, b = randn(12, 12, seed=1), randn(12, 12, seed=2)
+    weights = half_weights(12, 2, 5, seed=3)
+    direct = [float((a[rows][:, rows] * b[rows][:, rows]).sum()) for rows in half_samples(12, 2, 5, seed=3)]
+    assert weights.sum(1).tolist() == [3.0] * 5
+    assert half_products(a, b, weights).tolist() == pytest.approx(direct, rel=1e-12)
+
+
+def test_an_operator_with_blocks_forms_one_kernel(monkeypatch):
+    from grsd_callbacks.renormalizability import BlockOperator, blocks
+
+    calls, original = [], blocks.exact_gram
+    monkeypatch.setattr(blocks, "exact_gram", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
+    net, x, _ = tanh_net()
+    op = BlockOperator(net, x)
+    kernels = block_kernels(op, find_blocks(net))
+    assert relative(op.gram(), sum(kernels.values())) < 1e-12 and len(calls) == 1
+    assert relative(op.gram(), NTKOperator(net, x).gram()) < 1e-12
 
 
 def test_block_kernels_sum_to_the_kernel_and_match_dense_ones():
@@ -359,6 +394,24 @@ def test_upper_bounds_hold_for_hard_spectra():
         h = torch.zeros(1, 40, dtype=torch.float64, requires_grad=True)
         low, high = _largest_singular_value(h, h * values, 12, 0.01, seed)
         assert low <= 1.0 + 1e-12 <= high + 1e-9
+
+
+@pytest.mark.parametrize("rows, columns", [(30, 9), (9, 30), (20, 20)])
+@pytest.mark.parametrize("rank", [4, None])
+def test_norms_are_right_where_the_krylov_space_is_exhausted(rows, columns, rank):
+    """Dense matrices with singular values over nine decades, and of rank four: nothing but rounding is left then."""
+    from grsd_callbacks.renormalizability.propagation import _largest_singular_value
+
+    for seed in range(20):
+        least = min(rows, columns)
+        values = torch.logspace(0, -9, least, dtype=torch.float64)
+        values[1] = 0.999
+        values[rank:] = 0.0 if rank else values[rank:]
+        U, V = (torch.linalg.qr(randn(size, least, seed=2 * seed + k))[0] for k, size in enumerate((rows, columns)))
+        A = U * values @ V.T
+        h = torch.zeros(2, columns, dtype=torch.float64, requires_grad=True)
+        low, high = _largest_singular_value(h, h @ torch.stack([A, 0.5 * A])[0].T, least, 0.01, seed)
+        assert low == pytest.approx(1.0, abs=1e-12) and high == low
 
 
 def test_skips_between_blocks_are_part_of_the_jacobian():

@@ -1,5 +1,6 @@
 """The conditions on real runs: training unchanged, failures harmless, verdicts written, cost kept."""
 
+import importlib
 import json
 from functools import partial
 
@@ -20,13 +21,28 @@ from grsd_callbacks import (
     RenormalizabilityCallback,
     RenormalizabilityMonitor,
     ShellDynamicsCallback,
+    ShellGrid,
+    measure_conditions,
     tags,
 )
 from grsd_callbacks import renormalizability_monitor as module
 from grsd_callbacks.figures import conditions_figure
+from grsd_callbacks.monitor import stopwatch
 from grsd_callbacks.renormalizability import DEFINITIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore:grsd. measuring every")
+
+
+class Clock:
+    """A clock that only moves when told to."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def perf_counter(self):
+        return self.now
+
+
 QUICK = {"num_null": 19, "num_resamples": 4}
 
 
@@ -106,7 +122,7 @@ def test_a_failing_measurement_is_one_warning(plain, tmp_path, monkeypatch):
     def broken(*args, **options):
         raise RuntimeError("no kernel today")
 
-    monkeypatch.setattr(module, "measure_conditions", broken)
+    monkeypatch.setattr(module, "conditions_at", broken)
     callback = RenormalizabilityCallback(num_probe=6, every_n_steps=3, **QUICK)
     with pytest.warns(MeasurementWarning) as caught:
         image, _ = lightning_run(tmp_path, [callback])
@@ -214,7 +230,64 @@ def test_default_cadence_is_log_spaced_and_within_its_share():
     """Measurements at start, end and between; their planned time is the share asked for."""
     monitor = loop(num_steps=400, total_steps=400, max_overhead=0.5, n=12)
     steps = [c.step for c in monitor.conditions]
-    assert steps[:2] == [0, 1] and steps[-1] == 400
+    assert steps[0] == 0 and 1 not in steps and steps[-1] == 400  # the first steps are only timed
     assert "log-spaced" in monitor.schedule.describe()
     ends = [s for s in steps if s > 6]
     assert len(ends) <= 1 + 2 * 2  # two a decade, and the end
+
+
+def test_shells_and_conditions_share_one_kernel(monkeypatch):
+    """A measurement forms the kernel once, and two more for its velocity; it takes one eigendecomposition."""
+    formed, solved = [], []
+
+    def counting(where, name, calls):
+        module = importlib.import_module(f"grsd_callbacks.{where}")
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, **more: calls.append(where) or original(*args, **more))
+
+    for where in ("renormalizability.blocks", "transfer", "kernel"):
+        counting(where, "exact_gram", formed)
+    for where in ("measure", "renormalizability.conditions"):
+        counting(where, "eigendecomposition", solved)
+    monitor = loop(num_steps=1, every_n_steps=5)
+    assert len(monitor.conditions) == 2
+    for calls in (formed, solved):
+        calls.clear()
+    monitor._take(2)
+    assert sorted(formed) == ["renormalizability.blocks", "transfer", "transfer"] and solved == ["measure"]
+
+
+def test_conditions_of_a_run_are_those_of_one_instant():
+    """What is shared between shells and conditions changes nothing."""
+    monitor = loop(num_steps=1, every_n_steps=5)
+    model = monitor.model
+    there = measure_conditions(model, monitor.probe, "mse", monitor.how, ShellGrid(monitor.conditions[0].edges))
+    here = monitor.conditions[-1]
+    for group, name in (("evolution", "kernel_speed"), ("incoherence", "cross_share"), ("propagation", "spread")):
+        assert getattr(getattr(here, group), name) == pytest.approx(getattr(getattr(there, group), name), rel=1e-6)
+    assert torch.allclose(here.flux, there.flux, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("busy_until", [0, 30, 300])
+def test_the_default_cadence_holds_its_share(monkeypatch, busy_until):
+    """A clock that only moves when told to: start and end are kept, what lies between gives way."""
+    clock = Clock()
+    monkeypatch.setattr(stopwatch, "time", clock)
+    model = seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1)))
+    x, y = randn(6, 3, seed=1).float(), randn(6, 1, seed=2).float()
+    monitor = RenormalizabilityMonitor(model.float(), "mse", (x, y), total_steps=20_000, per_decade=4, figures=False)
+    take = monitor._take
+
+    def slow(step):
+        clock.now += 0.06
+        return take(step)
+
+    monitor._take = slow
+    for step in range(20_000):
+        monitor.step(step, lr=0.1)
+        clock.now += 2e-3 * (10 if step < busy_until else 1)
+    monitor.finish(20_000)
+    steps = [c.step for c in monitor.conditions]
+    assert steps[0] == 0 and steps[-1] == 20_000 and 1 not in steps and len(steps) > 6
+    assert 0.01 < monitor.overhead <= 0.02
+    assert (monitor.schedule.left_out > 0) == (busy_until > 0)

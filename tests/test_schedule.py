@@ -12,15 +12,20 @@ def due_steps(schedule, steps):
 
 
 def simulate(schedule, num_steps, *, per_step=1e-3, cost=1e-2, cold=0.0, first=0):
-    """(measured steps, seconds measuring, seconds training) of a loop with constant costs, on a synthetic clock."""
+    """(measured steps, seconds measuring, seconds training) of a loop on a synthetic clock; times may depend on it."""
     measured, measuring, training = [], 0.0, 0.0
     for step in range(first, num_steps):
         schedule.observe(step, measuring, measuring + training)
-        if schedule.due(step):
-            measuring += cost + (cold if not measured else 0.0)
+        if schedule.due(step) and schedule.affords():
+            schedule.begins()
+            measuring += at_step(cost, step) + (cold if not measured else 0.0)
             measured.append(step)
-        training += per_step
+        training += at_step(per_step, step)
     return measured, measuring, training
+
+
+def at_step(seconds, step):
+    return seconds(step) if callable(seconds) else seconds
 
 
 # ---- fixed ----
@@ -194,7 +199,8 @@ def test_log_state_round_trip(saved_at):
     after = []
     for step in range(saved_at, 1_000):
         second.observe(step, measuring, measuring + training)
-        if second.due(step):
+        if second.due(step) and second.affords():
+            second.begins()
             measuring += 2e-3
             after.append(step)
         training += 1e-3
@@ -222,6 +228,101 @@ def test_a_log_schedule_ignores_the_state_of_a_fixed_one():
     schedule = LogSchedule(max_overhead=None, total_steps=10)
     schedule.load_state_dict(FixedSchedule(3).state_dict())
     assert schedule.due(0)
+
+
+# ---- the allowance holds after the decision ----
+
+
+def busy(seconds, factor, until):
+    """Seconds of a machine that is `factor` times slower before a step."""
+    return lambda step: seconds * (factor if step < until else 1)
+
+
+@pytest.mark.parametrize("until", [7, 30, 300])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_training_that_turns_out_faster_leaves_measurements_out(until, sparse):
+    """A slow start promises ten times the training time that comes; the end fits in nevertheless."""
+    schedule = LogSchedule(max_overhead=0.1, total_steps=10_000, sparse=sparse)
+    measured, measuring, training = simulate(schedule, 10_000, per_step=busy(1e-3, 10, until), cost=0.04)
+    assert measuring + 0.04 <= 0.1 * training
+    points = [p for p in schedule.points if p < 10_000]
+    assert 0 < schedule.left_out == len(points) - len([s for s in measured if s >= DECIDE_AT])
+    assert f"{schedule.left_out} of them left out" in schedule.describe()
+    assert measuring > 0.8 * 0.1 * training and max(measured) > 5_000  # no more than needed, and not the last ones
+
+
+@pytest.mark.parametrize("dearer", [2, 10])
+def test_measurements_that_turn_out_dearer_are_left_out(dearer):
+    """A slow machine while measuring, from step 100 on: the next ones are expected to cost what the latest did."""
+    schedule = LogSchedule(max_overhead=0.05, total_steps=20_000)
+    cost = 0.02
+    measured, measuring, training = simulate(schedule, 20_000, cost=lambda step: cost * (dearer if step > 100 else 1))
+    assert schedule.left_out > 0 and measuring + dearer * cost <= 0.05 * training
+    assert max(measured) > 100
+
+
+def test_nothing_is_left_out_where_times_stay_as_they_were():
+    for total_steps in (1_000, 10_000, 100_000):
+        schedule = LogSchedule(max_overhead=0.05, total_steps=total_steps)
+        noisy = {step: 1 + 0.15 * (-1) ** step for step in range(total_steps)}
+        measured, _, _ = simulate(schedule, total_steps, per_step=lambda s, by=noisy: 1e-3 * by[s], cost=3e-3)
+        assert schedule.left_out == 0 and len(measured) == 2 + len([p for p in schedule.points if p < total_steps])
+
+
+def test_unknown_length_never_spends_ahead():
+    """Without a known end the allowance holds at every measurement, that of the end included."""
+    schedule, measuring, training, later = LogSchedule(per_decade=2, total_steps=None), 0.0, 0.0, 0
+    for step in range(50_000):
+        schedule.observe(step, measuring, measuring + training)
+        if schedule.due(step) and schedule.affords():
+            schedule.begins()
+            measuring += 0.02
+            later += step >= DECIDE_AT
+            assert step < DECIDE_AT or measuring + 0.02 <= 0.02 * training
+        training += 1e-3
+    assert later >= 2
+
+
+def test_hooks_leave_half_of_the_allowance():
+    """Where hooks alone take more than the allowance, measurements still get half of it, and no more."""
+    schedule, measuring, training, measured = LogSchedule(max_overhead=0.02, total_steps=20_000), 0.0, 0.0, 0.0
+    for step in range(20_000):
+        schedule.observe(step, measuring, measuring + training)
+        if schedule.due(step) and schedule.affords():
+            schedule.begins()
+            measuring, measured = measuring + 0.01, measured + 0.01
+        measuring += 5e-5  # 5 % of a step
+        training += 1e-3
+    assert 0.5 * 0.01 * training < measured <= 0.01 * training
+
+
+def test_sparse_measures_the_start_and_only_times_the_next():
+    schedule = LogSchedule(max_overhead=0.02, total_steps=1_000, sparse=True)
+    measured, measuring, training = simulate(schedule, 1_000, cost=8e-3)
+    assert measured == [0] and measuring + 8e-3 <= 0.02 * training
+    schedule = LogSchedule(max_overhead=0.02, total_steps=10_000, per_decade=2, sparse=True)
+    measured, measuring, training = simulate(schedule, 10_000, cost=0.03)
+    assert measured == [0, 100, 1_000]  # and the point at the end
+    assert measuring + 0.03 <= 0.02 * training
+    assert "one measurement 30 ms" in schedule.describe()
+    unlimited = LogSchedule(per_decade=1, max_overhead=None, total_steps=100, sparse=True)
+    assert due_steps(unlimited, range(101)) == [0, 1, 10, 100]
+
+
+def test_pairs_are_accounted_for_as_two():
+    """The second of a pair is measured at the next step without being due there."""
+    schedule, measuring, training, due, second = LogSchedule(1, 0.05, 5_000, pair=True), 0.0, 0.0, [], False
+    for step in range(5_000):
+        schedule.observe(step, measuring, measuring + training)
+        first = schedule.due(step) and schedule.affords()
+        if first or second:
+            schedule.begins()
+            measuring += 0.01
+        if first:
+            due.append(step)
+        second, training = first and step >= DECIDE_AT, training + 1e-3
+    assert len(due) > 3 and schedule.state_dict()["ledger"]["hooks"] == pytest.approx(0.0, abs=1e-9)
+    assert measuring <= 0.05 * training
 
 
 def test_descriptions():

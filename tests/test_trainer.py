@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 
 from grsd_callbacks import MeasurementWarning, ShellDynamicsCallback, ShellMonitor, read_json_lines
+from grsd_callbacks.between import BetweenSteps
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
@@ -114,6 +115,27 @@ def test_weights_loaded_in_mid_run_are_a_break(tmp_path, order):
     reasons = {s.step: s.reasons.get("flux", "") for s in ours.history[1:]}
     expected = {3: BROKEN} if order == "after" else {}  # before ours it cannot be told from the optimizer's step
     assert {step: reason for step, reason in reasons.items() if reason} == expected
+
+
+def test_replaced_data_and_other_tensors_are_watched_too():
+    """`.data` that points elsewhere: what has come to stay is noticed, what is taken back is not."""
+    net = nn.Linear(2, 1)
+    watch, found = BetweenSteps(net), []
+    for step in range(6):
+        with torch.no_grad():
+            net.bias.add_(1.0)
+        watch.step_ended()
+        kept = {name: p.data for name, p in net.named_parameters()}
+        if step in (2, 4):
+            for p in net.parameters():
+                p.data = p.data + 1.0
+                with torch.no_grad():
+                    p.mul_(2.0)
+        if step == 4:
+            for name, p in net.named_parameters():
+                p.data = kept[name]
+        found.append(watch.written())
+    assert found == [False, False, True, False, False, False]
 
 
 def test_an_average_that_is_taken_back_is_no_break(tmp_path):

@@ -28,7 +28,7 @@ from grsd_callbacks.guard import DisturbedTraining
 from grsd_callbacks.losses import Loss
 from grsd_callbacks.monitor import FigureSchedule, ShellMonitor, check_num_probe, check_options, make_schedule
 from grsd_callbacks.observation import check_observe
-from grsd_callbacks.optimizer import step_size
+from grsd_callbacks.optimizer import StepSizes, step_size
 from grsd_callbacks.outlet import first_line, remedy, warn
 from grsd_callbacks.paths import import_lazily_loaded
 from grsd_callbacks.probe import Probe, probe_from, restored
@@ -180,10 +180,11 @@ class ShellDynamicsCallback(*facts.BASES):  # type: ignore[misc]
         """The state before a fit; a resumed one loads its own after `setup`."""
         self.monitor: ShellMonitor | None = None
         self._resume: dict[str, Any] | None = None
-        self._global_step = self._step_axis = 0
+        self._step_axis, self._stepped = 0, False
         self._measured_at: int | None = None
         self._off = self._refused = False
         self._failed_starts, self._next_start = 0, 0
+        self._sizes = StepSizes()
 
     @property
     def history(self) -> list[Snapshot]:
@@ -217,42 +218,41 @@ class ShellDynamicsCallback(*facts.BASES):  # type: ignore[misc]
         self._group.together(lambda: self._check(trainer, pl_module, folder))
         self._sinks.append(MetricsSink(lambda: trainer.callback_metrics))
 
-    @harmless
     @charged
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
         """Measure, if due, before the step."""
-        if self._waits(trainer):
-            return
-        if self.monitor is None and trainer.global_step >= self._next_start:
-            self.monitor = self._start(trainer, pl_module, batch)
         if self.monitor is None:
-            return
+            if self._waits(trainer):
+                return
+            if trainer.global_step >= self._next_start:
+                self.monitor = self._start(trainer, pl_module, batch)
+            if self.monitor is None:
+                return
+        self._stepped = False
         self._notice_writes()
-        if self._stands_still(trainer):
+        if self._stands_still(trainer, pl_module):
             return
-        self._global_step = trainer.global_step
-        self._step_axis = facts.step_axis(trainer)
+        self._step_axis = facts.step_axis(trainer, pl_module)
         if self.monitor.observe(self._step_axis, lambda: step_size(facts.raw_optimizers(trainer))) is not None:
             self._measured_at = trainer.global_step
 
-    @harmless
     @charged
     def on_before_optimizer_step(self, trainer: Any, pl_module: nn.Module, optimizer: Any) -> None:
         """Advance flow time by the learning rate in force."""
+        self._stepped = True
         if self.monitor is None or not facts.has_gradient(optimizer):
             return
         several = facts.raw_optimizers(trainer)
         if len(several) <= 1:
-            self.monitor.advance(step_size(optimizer))
+            self.monitor.advance(self._sizes.of(optimizer))
             return
         self.monitor.advance(step_size(optimizer), share=facts.share_of_parameters(optimizer, several))
         self.monitor.set_step_size(step_size(several))
 
-    @harmless
     @charged
     def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Complete the latest measurement by the step that followed it."""
-        if self.monitor is not None and trainer.global_step > self._global_step:
+        if self.monitor is not None and self._stepped:
             self.monitor.finish_update(self._step_axis + 1)
             self._between.step_ended()
 
@@ -261,7 +261,8 @@ class ShellDynamicsCallback(*facts.BASES):  # type: ignore[misc]
         """Last measurement, summary, flush."""
         if self.monitor is not None:
             self._notice_writes()
-            self.monitor.finish(self._step_axis if self._stands_still(trainer) else facts.step_axis(trainer))
+            still = self._stands_still(trainer, pl_module)
+            self.monitor.finish(self._step_axis if still else facts.step_axis(trainer, pl_module))
 
     def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
         """Everything measured so far is on disk already; close the files."""
@@ -308,9 +309,11 @@ class ShellDynamicsCallback(*facts.BASES):  # type: ignore[misc]
         """Whether this process only waits: one of several that torch.distributed does not connect."""
         return self._group.size == 1 and not trainer.is_global_zero
 
-    def _stands_still(self, trainer: Any) -> bool:
+    def _stands_still(self, trainer: Any, module: Any) -> bool:
         """Whether batches have been counted since the latest measurement, but no optimizer step (gradients by hand)."""
-        return trainer.global_step == self._measured_at and facts.step_axis(trainer) > self._step_axis
+        if module.automatic_optimization or trainer.global_step != self._measured_at:
+            return False
+        return facts.step_axis(trainer, module) > self._step_axis
 
     def _notice_writes(self) -> None:
         """Weights loaded or averaged in place are a break in the run."""

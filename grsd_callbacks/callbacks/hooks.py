@@ -27,26 +27,43 @@ def harmless(hook: Callable[..., None]) -> Callable[..., None]:
         try:
             hook(self, trainer, *args)
         except Exception as error:
-            if self._refused or self._on_error == "raise" or trainer.world_size > 1:
-                raise
-            self._off = True
-            warn(
-                f"grsd: measuring is off for the rest of this run ({first_line(error)}). Training goes on unchanged. "
-                "Use on_error='raise' to see the traceback."
-            )
+            _end(self, trainer, error)
 
     return guarded
 
 
+def _end(callback: ShellDynamicsCallback, trainer: Any, error: Exception) -> None:
+    """Measure no more, with one warning; or raise what has been caught."""
+    if callback._refused or callback._on_error == "raise" or trainer.world_size > 1:
+        raise error
+    callback._off = True
+    warn(
+        f"grsd: measuring is off for the rest of this run ({first_line(error)}). Training goes on unchanged. "
+        "Use on_error='raise' to see the traceback."
+    )
+
+
 def charged(hook: Callable[..., None]) -> Callable[..., None]:
-    """A hook of every step: all of its time counts as measuring, not only that of measurements."""
+    """A `harmless` hook of every step: all of its time counts as measuring, not only that of measurements.
+
+    One call around the hook, and no properties: at every step of a small net these are what the callback costs.
+    """
 
     @functools.wraps(hook)
-    def counted(self: ShellDynamicsCallback, *args: Any) -> None:
+    def counted(self: ShellDynamicsCallback, trainer: Any, *args: Any) -> None:
+        if self._off:
+            return
         monitor, start = self.monitor, time.perf_counter()
-        before = 0.0 if monitor is None else monitor.measuring_seconds
-        hook(self, *args)
-        if monitor is not None:
-            monitor.measuring_seconds = max(monitor.measuring_seconds, before + time.perf_counter() - start)
+        if monitor is None:
+            safely(self, trainer, *args)
+            return
+        watch = monitor.watch
+        before = watch.measuring_seconds
+        try:
+            hook(self, trainer, *args)
+        except Exception as error:
+            _end(self, trainer, error)
+        watch.measuring_seconds = max(watch.measuring_seconds, before + time.perf_counter() - start)
 
+    safely = harmless(hook)
     return counted

@@ -24,13 +24,13 @@ SHARDED = ("FSDPStrategy", "DeepSpeedStrategy")
 GATHERED = ("ModelParallelStrategy",)
 
 
-def step_axis(trainer: Any) -> int:
+def step_axis(trainer: Any, module: Any) -> int:
     """Optimizer steps before the coming batch: the step at which Lightning draws the user's own curves.
 
     Steps taken by hand may be several a batch, and are counted as Lightning does (private counter). Else that counter
     is not asked: after a resume in mid-epoch Lightning 2.4 leaves it one behind.
     """
-    if trainer.lightning_module.automatic_optimization:
+    if module.automatic_optimization:
         return int(trainer.global_step)
     counter = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", None)
     return int(trainer.global_step if counter is None else counter)
@@ -100,7 +100,11 @@ def raw_optimizers(trainer: Any) -> list[Any]:
 
 def has_gradient(optimizer: Any) -> bool:
     """False where training_step returned None: the step moves nothing."""
-    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None:
+                return True
+    return False
 
 
 def share_of_parameters(optimizer: Any, optimizers: list[Any]) -> float:

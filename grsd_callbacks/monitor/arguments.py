@@ -19,9 +19,10 @@ def make_schedule(
     total_steps: int | None,
     per_decade: int = 10,
     pair: bool = False,
+    sparse: bool = False,
 ) -> FixedSchedule | LogSchedule:
     """The schedule meant by a user's arguments; both are checked whichever is used."""
-    log = LogSchedule(per_decade, max_overhead, total_steps, pair)
+    log = LogSchedule(per_decade, max_overhead, total_steps, pair, sparse)
     return log if every_n_steps is None else FixedSchedule(every_n_steps)
 
 

@@ -48,6 +48,7 @@ class Measurer:
     Attributes:
         probe, loss, settings: what is measured, once `observe` has been considered; `samples` is the probe as given.
         report: the report at the start.
+        watch: time spent on measuring.
     """
 
     samples: Probe
@@ -63,6 +64,7 @@ class Measurer:
     report: str
 
     _title = "shell dynamics of the empirical NTK"
+    _sparse = False  # whether measurements are so dear that the schedule makes do with few
 
     def __init__(
         self,
@@ -80,7 +82,7 @@ class Measurer:
         self._twin = self._twin_of(model, distributed)
         self.run = Run()
         self.num_failed = 0
-        self._watch = Stopwatch()
+        self.watch = Stopwatch()
         self._last_step: int | None = None
         self._unwritten: int | None = None
         self._pending: Pending | None = None
@@ -259,23 +261,23 @@ class Measurer:
             self._attempt(step, lambda: self.team.group.together(lambda: here(step)))
 
     def _draw_here(self, step: int) -> None:
-        count, spare = len(self.history), spare_seconds(step, self.schedule, self._watch, self.max_overhead)
+        count, spare = len(self.history), spare_seconds(step, self.schedule, self.watch, self.max_overhead)
         if not self.figure_schedule.due(step, count, spare):
             return
-        before = self._watch.drawing_seconds
-        written = self._watch.drawing(lambda: self.outlet.figures(self.history, {}))
-        self.figure_schedule.drawn(step, self._watch.drawing_seconds - before)
+        before = self.watch.drawing_seconds
+        written = self.watch.drawing(lambda: self.outlet.figures(self.history, {}))
+        self.figure_schedule.drawn(step, self.watch.drawing_seconds - before)
         self._note(step, written)
         self._warn_if_drawing_is_costly()
 
     def _warn_if_drawing_is_costly(self) -> None:
-        every, training = self.figure_schedule.every_n_steps, self._watch.training_seconds
+        every, training = self.figure_schedule.every_n_steps, self.watch.training_seconds
         enough = isinstance(every, int) and self.figure_schedule.num_drawings >= 3
-        if enough and self._watch.drawing_seconds > COSTLY * training > 0:
+        if enough and self.watch.drawing_seconds > COSTLY * training > 0:
             self.outlet.warn_once(
                 "costly figures",
                 f"grsd: drawing figures every {every} steps costs "
-                f"{100 * self._watch.drawing_seconds / training:.0f} % of the training time; raise "
+                f"{100 * self.watch.drawing_seconds / training:.0f} % of the training time; raise "
                 "figures_every_n_steps, or leave it at 'auto'.",
             )
 
@@ -284,16 +286,16 @@ class Measurer:
     @property
     def measuring_seconds(self) -> float:
         """Time spent on measuring so far."""
-        return self._watch.measuring_seconds
+        return self.watch.measuring_seconds
 
     @measuring_seconds.setter
     def measuring_seconds(self, seconds: float) -> None:
-        self._watch.measuring_seconds = seconds
+        self.watch.measuring_seconds = seconds
 
     @property
     def overhead(self) -> float:
         """Measuring time over training time without it, so far (a fraction); NaN before the first step."""
-        return self._watch.overhead(self._last_step)
+        return self.watch.overhead(self._last_step)
 
     def _attempt(self, step: int, function: Callable[[], Any]) -> Any:
         """Run a measurement; a failure is one warning a kind, counted and emitted."""
@@ -339,7 +341,7 @@ class Measurer:
     def _warn_if_costly(self) -> None:
         if not isinstance(self.schedule, FixedSchedule) or len(self.history) < 4:
             return
-        overhead = self._watch.overhead(self._last_step, drawing=False)
+        overhead = self.watch.overhead(self._last_step, drawing=False)
         if overhead > COSTLY:
             self.outlet.warn_once(
                 "costly",

@@ -139,7 +139,7 @@ class ShellMonitor(Measurer):
         self._arguments = plain_arguments(how, resolved, num_probe, nu)
         self._arguments.update(observe=observe, num_projections=num_projections)
         self._whole = isinstance(probe, (tuple, list, Probe))
-        self.schedule = make_schedule(every_n_steps, max_overhead, total_steps, per_decade, pair)
+        self.schedule = make_schedule(every_n_steps, max_overhead, total_steps, per_decade, pair, self._sparse)
         self.figure_schedule = FigureSchedule(figures_every_n_steps, total_steps)
         self.max_overhead = max_overhead
         team = Team(Group.current() if distributed else Group())
@@ -151,8 +151,8 @@ class ShellMonitor(Measurer):
         self.pair, self.work, self.transfer = pair, work or transfer, transfer
         self._versions: tuple[int, ...] | None = None
         import_lazily_loaded()
-        self._watch.charged(self._prepare)
-        self._watch.set_up()
+        self.watch.charged(self._prepare)
+        self.watch.set_up()
 
     def _whole_probe(self, probe: Any, num_probe: int | None, unpack: Any) -> Probe:
         """Rank zero's probe, on every rank."""
@@ -232,17 +232,19 @@ class ShellMonitor(Measurer):
 
     def observe(self, step: int, coming: Callable[[], StepSize] | None = None) -> Snapshot | None:
         """Measure if due at `step`, flow time being kept up to date by `advance`; `coming` gives the next step size."""
-        elapsed = self._watch.started(step)
+        elapsed = self.watch.started(step)
         if self._last_step is not None and step > self._last_step:
             self.run.steps_since += step - self._last_step
-            self.finish_update(step)
+            if self._pending is not None:
+                self.finish_update(step)
         self._last_step = step
         self._observe_schedule(step, elapsed)
         if not self._due(step):
             return None
+        self.schedule.begins()
         if coming is not None:
             self.run.size = coming()
-        snapshot: Snapshot | None = self._watch.charged(lambda: self._attempt(step, lambda: self._take(step)))
+        snapshot: Snapshot | None = self.watch.charged(lambda: self._attempt(step, lambda: self._take(step)))
         if snapshot is not None:
             self._draw_if_due(step)
         return snapshot
@@ -252,13 +254,15 @@ class ShellMonitor(Measurer):
 
         It knows nothing of drawing: figures never cost a run a measurement.
         """
-        undecided, drawing = not self.schedule.decided, self._watch.drawing_seconds
-        self.schedule.observe(step, self.measuring_seconds - drawing, elapsed - drawing)
+        undecided, drawing = not self.schedule.decided, self.watch.drawing_seconds
+        self.schedule.observe(step, self.watch.measuring_seconds - drawing, elapsed - drawing)
         if undecided and self.schedule.decided:
             self.schedule.load_state_dict(self.team.group.share(self.schedule.state_dict))
 
     def _due(self, step: int) -> bool:
-        due = self.schedule.due(step)
+        due = self.schedule.due(step) and self.team.group.share(self.schedule.affords)
+        if not due and not self.pair:
+            return False
         if self.history and self.history[-1].step >= step:  # resumed where a run had ended
             return False
         if self.pair and self.history and self.history[-1].step == step - 1:
@@ -272,7 +276,7 @@ class ShellMonitor(Measurer):
             self._pending = pending
             return
         if step == pending.step + 1 and self.team.group.all(not pending.void):
-            self._watch.charged(lambda: self._attempt(step, lambda: self._add_update(pending)))
+            self.watch.charged(lambda: self._attempt(step, lambda: self._add_update(pending)))
 
     def _parameter_versions(self) -> tuple[int, ...]:
         return tuple(p._version for p in self.model.parameters())
@@ -308,7 +312,7 @@ class ShellMonitor(Measurer):
                 self.finish_update(last)
             self._last_step = last
             if not self.history or self.history[-1].step < last:
-                snapshot = self._watch.charged(lambda: self._attempt(last, lambda: self._take(last)))
+                snapshot = self.watch.charged(lambda: self._attempt(last, lambda: self._take(last)))
         self._pending = None
         self.team.group.together(self._conclude if self.team.leads else _nothing)
         return snapshot
@@ -317,7 +321,7 @@ class ShellMonitor(Measurer):
         if not self.history:
             return
         end = self.history[-1].step
-        fits = self._watch.charged(lambda: self._attempt(end, lambda: self._summarise(end)))
+        fits = self.watch.charged(lambda: self._attempt(end, lambda: self._summarise(end)))
         if self.figures and fits is not None:  # not part of the overhead
             self._note(end, self.outlet.figures(self.history, fits))
 
@@ -351,8 +355,8 @@ class ShellMonitor(Measurer):
             "last_step": self._last_step,
             "num_failed": self.num_failed,
             "measuring_seconds": self.measuring_seconds,
-            "elapsed_seconds": self._watch.elapsed_seconds,
-            "drawing_seconds": self._watch.drawing_seconds,
+            "elapsed_seconds": self.watch.elapsed_seconds,
+            "drawing_seconds": self.watch.drawing_seconds,
             "figures": self.figure_schedule.state_dict(),
         }
 
@@ -388,7 +392,7 @@ class ShellMonitor(Measurer):
         self._last_step = state["last_step"]
         self.num_failed = int(state["num_failed"])
         seconds = (float(state.get(f"{name}_seconds", 0.0)) for name in ("measuring", "elapsed", "drawing"))
-        self._watch.restore(*seconds)
+        self.watch.restore(*seconds)
         self.figure_schedule.load_state_dict(state.get("figures", {}))
         self._pending = None
 

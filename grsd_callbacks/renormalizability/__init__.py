@@ -14,8 +14,8 @@
 The conditions' names are the paper's; their measurable forms and thresholds are this package's own.
 """
 
-from .blocks import Block, BlockIncoherence, block_incoherence, block_kernels, find_blocks
-from .conditions import Conditions, ConditionSettings, measure_conditions
+from .blocks import Block, BlockIncoherence, BlockOperator, block_incoherence, block_kernels, find_blocks
+from .conditions import Conditions, ConditionSettings, conditions_at, measure_conditions
 from .couplings import LogShiftInvariance, log_shift_invariance
 from .evolution import JacobianEvolution, jacobian_evolution
 from .judgement import RunVerdict, judge
@@ -30,6 +30,7 @@ __all__ = [
     "LIMITS",
     "Block",
     "BlockIncoherence",
+    "BlockOperator",
     "ConditionSettings",
     "Conditions",
     "GradientPropagation",
@@ -41,6 +42,7 @@ __all__ = [
     "Verdict",
     "block_incoherence",
     "block_kernels",
+    "conditions_at",
     "find_blocks",
     "gradient_propagation",
     "jacobian_evolution",

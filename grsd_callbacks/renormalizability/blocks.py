@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from grsd_callbacks.arguments import checked
-from grsd_callbacks.gram import exact_gram
+from grsd_callbacks.exponents.intervals import student_quantile
+from grsd_callbacks.gram import Gram, exact_gram
 from grsd_callbacks.kernel import NTKOperator
+from grsd_callbacks.renormalizability.verdicts import Z
 
 #: half-samples of the probe behind an interval
 NUM_RESAMPLES = 24
@@ -97,13 +99,29 @@ def _named(model: nn.Module, names: list[str], measured: list[str]) -> list[str]
     return names
 
 
+class BlockOperator(NTKOperator):
+    """An operator whose exact kernel is formed once, with its parts by module, so that `block_kernels` forms none."""
+
+    _by_module: Gram | None = None
+
+    def exact_gram(self, *, memory_limit: int | None = None) -> Gram:
+        """As for every operator, with `blocks`: m^2 numbers a module, kept as long as the operator."""
+        if self._by_module is None:
+            limit = memory_limit or self.gram_memory
+            self._by_module = exact_gram(self.function, self.inputs, memory_limit=limit, blocks="module")
+        return self._by_module
+
+
 @checked
 def block_kernels(op: NTKOperator, blocks: Sequence[Block]) -> dict[str, Tensor]:
     """J_l J_l^T of every block, float64, shape (m, m); they sum to J J^T exactly.
 
-    Cost: one exact kernel and m^2 floats a block.
+    Cost: one exact kernel (none where a `BlockOperator` has formed it) and m^2 floats a block.
     """
-    by_module = exact_gram(op.function, op.inputs, blocks="module").blocks or {}
+    if isinstance(op, BlockOperator):
+        by_module = op.exact_gram().blocks or {}
+    else:
+        by_module = exact_gram(op.function, op.inputs, memory_limit=op.gram_memory, blocks="module").blocks or {}
     m = op.shape[0]
     kernels = {}
     for block in blocks:
@@ -161,7 +179,7 @@ def block_incoherence(
     Raises:
         ValueError: fewer than two blocks, or kernels that are not square and of one size.
 
-    Cost: L^2 m^2 / 2 multiplications, and a quarter of it for each half-sample.
+    Cost: L^2 m^2 / 2 multiplications, as many for all half-samples together, and L^2 n^2 / 2 for each.
 
     Example:
         >>> kernels = {"a": torch.diag(torch.tensor([1.0, 0.0])), "b": torch.eye(2)}
@@ -238,11 +256,23 @@ def _random_bases(kernels: list[Tensor], G: np.ndarray) -> tuple[float, float]:
 def _half_sample_error(kernels: list[Tensor], num_outputs: int, num: int, seed: int) -> float:
     if num < 2:
         return math.nan
-    values = [
-        _cross_share(_products([k[rows][:, rows] for k in kernels]))
-        for rows in half_samples(kernels[0].shape[0], num_outputs, num, seed)
-    ]
-    return float(np.std(values, ddof=1))
+    m, L = kernels[0].shape[0], len(kernels)
+    weights = half_weights(m, num_outputs, num, seed)
+    G = np.zeros((num, L, L))
+    for a in range(L):
+        for b in range(a, L):
+            G[:, a, b] = G[:, b, a] = half_products(kernels[a], kernels[b], weights).cpu().numpy()
+    return resampled_error([_cross_share(g) for g in G])
+
+
+def resampled_error(values: Sequence[float]) -> float:
+    """Standard error from the values on half-samples, widened by Student's quantile over the normal one.
+
+    A scatter known from few draws needs that: 1.96 such errors then are the 95 % interval. NaN for fewer than two.
+    """
+    if len(values) < 2:
+        return math.nan
+    return float(np.std(values, ddof=1)) * student_quantile(0.95, len(values) - 1) / Z
 
 
 def half_samples(m: int, num_outputs: int, num: int, seed: int) -> list[Tensor]:
@@ -260,3 +290,22 @@ def half_samples(m: int, num_outputs: int, num: int, seed: int) -> list[Tensor]:
     random = torch.Generator().manual_seed(seed)
     halves = [torch.randperm(n, generator=random)[: max(n // 2, 1)].sort().values for _ in range(num)]
     return [(half[:, None] * num_outputs + torch.arange(num_outputs)).reshape(-1) for half in halves]
+
+
+def half_weights(m: int, num_outputs: int, num: int, seed: int) -> Tensor:
+    """The same halves by sample, 1 inside and 0 outside, shape (num, n), float64."""
+    weights = torch.zeros(num, m // max(num_outputs, 1), dtype=torch.float64)
+    for row, rows in zip(weights, half_samples(m, num_outputs, num, seed), strict=True):
+        row[rows[::num_outputs] // num_outputs] = 1.0
+    return weights
+
+
+def half_products(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
+    """<A, B>_F of the principal submatrices of (m, m) matrices on every half, shape (num,).
+
+    The products are summed over pairs of samples once, so that a half costs n^2 and no submatrix is copied.
+    """
+    n = weights.shape[1]
+    pairs = (a * b).view(n, len(a) // n, n, len(a) // n).sum((1, 3))
+    w = weights.to(pairs)
+    return (w @ pairs * w).sum(1)

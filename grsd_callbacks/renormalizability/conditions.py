@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from grsd_callbacks.arguments import checked
+from grsd_callbacks.flux import KernelState
 from grsd_callbacks.functional import ParameterFilter
 from grsd_callbacks.kernel import NTKOperator, synchronise
 from grsd_callbacks.losses import Loss, check_pair, resolve_loss
@@ -20,10 +20,12 @@ from grsd_callbacks.probe import Probe, probe_from
 from grsd_callbacks.renormalizability.blocks import (
     NUM_RESAMPLES,
     BlockIncoherence,
+    BlockOperator,
     block_incoherence,
     block_kernels,
     find_blocks,
     half_samples,
+    resampled_error,
 )
 from grsd_callbacks.renormalizability.couplings import LogShiftInvariance, log_shift_invariance, refined
 from grsd_callbacks.renormalizability.evolution import JacobianEvolution, jacobian_evolution
@@ -166,19 +168,39 @@ def measure_conditions(
 
     Source: conditions named in arXiv:2512.18209, measured by this package's own definitions (`DEFINITIONS`).
     """
-    began = time.perf_counter()
     loss = loss if isinstance(loss, Loss) else resolve_loss(loss)
     probe = probe if isinstance(probe, Probe) else probe_from(probe, None)
-    settings = settings or ConditionSettings()
-    op = NTKOperator(model, probe.inputs, params=params, outputs=outputs, dtype=dtype)
-    found = op.run(lambda: _measured(op, probe, loss, settings, grid, thorough))
+    op = BlockOperator(model, probe.inputs, params=params, outputs=outputs, dtype=dtype)
+    return conditions_at(op, probe, loss, settings or ConditionSettings(), grid, thorough=thorough)
+
+
+def conditions_at(
+    op: NTKOperator,
+    probe: Probe,
+    loss: Loss,
+    settings: ConditionSettings,
+    grid: ShellGrid | None = None,
+    *,
+    thorough: bool = True,
+    state: KernelState | None = None,
+) -> Conditions:
+    """As `measure_conditions`, with an operator on the probe; `state` holds the eigenpairs of its kernel, if known."""
+    began = time.perf_counter()
+    spectrum = None if state is None else Eigendecomposition(state.eigenvalues, state.vectors)
+    found = op.run(lambda: _measured(op, probe, loss, settings, grid, thorough, spectrum))
     synchronise(op.device)
     found.cost["seconds"] = time.perf_counter() - began
     return found
 
 
 def _measured(
-    op: NTKOperator, probe: Probe, loss: Loss, settings: ConditionSettings, grid: ShellGrid | None, thorough: bool
+    op: NTKOperator,
+    probe: Probe,
+    loss: Loss,
+    settings: ConditionSettings,
+    grid: ShellGrid | None,
+    thorough: bool,
+    spectrum: Eigendecomposition | None,
 ) -> Conditions:
     check_pair(loss, op.outputs, probe.targets)
     r = loss.evaluate(op.outputs, probe.targets)
@@ -187,9 +209,10 @@ def _measured(
     num_null = settings.num_null if thorough else 0
     kernels = block_kernels(op, blocks)
     kernel = torch.stack(list(kernels.values())).sum(0)
+    spectrum = spectrum or eigendecomposition(kernel, r.nu)
     drift = -math.sqrt(r.nu) * op.vjp(r.residual)  # dtheta/dt = -grad L
     moved = kernel_velocity(op, drift)
-    shells = _Shells(kernel, moved, r.residual, r.nu, settings)
+    shells = _Shells(moved, r.residual, r.nu, settings, spectrum)
     grid = grid or shells.grid()
     width = grid.width / 2
     lam, mdot, g = shells.modes()
@@ -209,7 +232,7 @@ def _measured(
         ),
         couplings=couplings,
         refined=shells.couplings(refined(grid), 0, local=False),
-        errors=shells.errors(grid, op.num_outputs) if thorough else {},
+        errors=_errors(kernel, shells, grid, op.num_outputs, couplings.shells) if thorough else {},
         energy=budget.energy,
         dissipation=budget.dissipation,
         flux=shell_flux(lam, mdot, g, grid, width),
@@ -218,19 +241,18 @@ def _measured(
 
 
 class _Shells:
-    """Kernel and velocity of one instant, on the whole probe or on some of its rows."""
+    """Kernel and velocity of one instant, on the whole probe or on some of its rows, in the kernel's eigenbasis."""
 
-    def __init__(self, kernel: Tensor, moved: Tensor, residual: Tensor, nu: float, settings: ConditionSettings) -> None:
-        self.kernel, self.moved, self.residual, self.nu, self.settings = kernel, moved, residual, nu, settings
+    def __init__(
+        self, moved: Tensor, residual: Tensor, nu: float, settings: ConditionSettings, spectrum: Eigendecomposition
+    ) -> None:
+        self.moved, self.residual, self.nu, self.settings = moved, residual, nu, settings
         self.least = settings.min_modes
-        self._modes: tuple[Tensor, Tensor, Tensor] | None = None
+        u = spectrum.eigenvectors
+        self._modes = spectrum.eigenvalues, nu * (u.T @ moved.to(u) @ u), spectrum.project(residual)
 
     def modes(self) -> tuple[Tensor, Tensor, Tensor]:
         """Eigenvalues, <u_i, M' u_j> and coefficients."""
-        if self._modes is None:
-            spectrum = eigendecomposition(self.kernel, self.nu)
-            u = spectrum.eigenvectors
-            self._modes = spectrum.eigenvalues, self.nu * (u.T @ self.moved.to(u) @ u), spectrum.project(self.residual)
         return self._modes
 
     def grid(self) -> ShellGrid:
@@ -241,28 +263,39 @@ class _Shells:
         low = max(COUPLING_FLOOR * largest, float(lam[lam > 0].min()) / 10)
         return ShellGrid.logarithmic(min(low, largest / 10), largest * 10**HEADROOM, self.settings.shells_per_decade)
 
-    def couplings(self, grid: ShellGrid, num_null: int, local: bool = True) -> LogShiftInvariance:
+    def couplings(
+        self, grid: ShellGrid, num_null: int, local: bool = True, shells: Sequence[int] | None = None
+    ) -> LogShiftInvariance:
         lam, mdot, g = self.modes()
         return log_shift_invariance(
             lam, mdot, grid, coefficients=g if local else None, min_modes=self.least,
-            drop_top=self.settings.drop_top, num_null=num_null, seed=self.settings.seed,
+            drop_top=self.settings.drop_top, shells=shells, num_null=num_null, seed=self.settings.seed,
         )  # fmt: skip
 
-    def errors(self, grid: ShellGrid, num_outputs: int) -> dict[str, float]:
-        """Standard errors from half-samples of the probe (delete-half jackknife)."""
-        m, found = self.kernel.shape[0], []
-        for rows in half_samples(m, num_outputs, self.settings.num_resamples, self.settings.seed):
-            nu = self.nu * m / len(rows)  # the mean loss over half of the samples
-            kernel, moved = (x[rows][:, rows] for x in (self.kernel, self.moved))
-            half = _Shells(kernel, moved, self.residual[rows], nu, self.settings)
-            half.least = max(1, self.least // 2)  # half the modes in every shell
-            found.append(half.couplings(grid, 0))
-        return {name: _deviation([getattr(c, name) for c in found]) for name in ("defect", "zeta", "locality")}
+
+def _errors(
+    kernel: Tensor, shells: _Shells, grid: ShellGrid, num_outputs: int, used: Sequence[int]
+) -> dict[str, float]:
+    """Standard errors of the couplings from half-samples of the probe (delete-half jackknife).
+
+    A half has half of the modes: were its shells chosen anew, shells that come and go would add a scatter of their own.
+    So defect and zeta are those of the shells that the whole probe has used; where a half has too few modes there, of
+    its own shells of half as many modes at least, which makes the errors of the smallest probes too large.
+    """
+    m, found, settings = kernel.shape[0], [], shells.settings
+    for rows in half_samples(m, num_outputs, settings.num_resamples, settings.seed):
+        nu = shells.nu * m / len(rows)  # the mean loss over half of the samples
+        spectrum = eigendecomposition(kernel[rows][:, rows], nu)
+        half = _Shells(shells.moved[rows][:, rows], shells.residual[rows], nu, settings, spectrum)
+        same = half.couplings(grid, 0, shells=used)
+        half.least = max(1, shells.least // 2)
+        found.append(half.couplings(grid, 0) if same.reason else same)
+    return {name: _deviation([getattr(c, name) for c in found]) for name in ("defect", "zeta", "locality")}
 
 
 def _deviation(values: list[float]) -> float:
     known = [v for v in values if math.isfinite(v)]
-    return statistics.stdev(known) if len(known) >= max(2, len(values) // 2) else math.nan
+    return resampled_error(known) if len(known) >= max(2, len(values) // 2) else math.nan
 
 
 def _kink_gap(op: NTKOperator, drift: Tensor, moved: Tensor) -> float:
@@ -284,12 +317,18 @@ def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Tensor):
-        return _plain(value.tolist())
+        return value.tolist() if bool(value.isfinite().all()) else _words(value.tolist())
     if isinstance(value, dict):
         return {key: _plain(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _words(values: Any) -> Any:
+    if isinstance(values, list):
+        return [_words(v) for v in values]
+    return values if math.isfinite(values) else str(values)
 
 
 def _restored(kind: str, value: Any) -> Any:

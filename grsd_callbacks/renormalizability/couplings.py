@@ -10,6 +10,7 @@ is our operational definition (THEORY, conditions); arXiv:2512.18209 names the c
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,6 +71,7 @@ def log_shift_invariance(
     coefficients: Tensor | None = None,
     min_modes: int = 4,
     drop_top: int = 1,
+    shells: Sequence[int] | None = None,
     num_null: int = 0,
     seed: int = 0,
 ) -> LogShiftInvariance:
@@ -82,6 +84,7 @@ def log_shift_invariance(
         coefficients: g_i = <u_i, r>, shape (k,), for the locality of the transfer.
         min_modes: fewest eigenvalues of a shell that enters.
         drop_top: topmost occupied shells left out (outlying eigenvalues of the mean output, say).
+        shells: indices of the shells that enter, in the stead of what min_modes and drop_top choose.
         num_null: draws of shuffled shells behind the p-value.
         seed: of the private generator that shuffles.
 
@@ -89,7 +92,8 @@ def log_shift_invariance(
         A `LogShiftInvariance`; NaN and a reason where fewer than `LEAST_FREEDOM` degrees of freedom remain.
 
     Raises:
-        ValueError: shapes that do not fit, or counts that are not integers of at least 1 (min_modes) or 0.
+        ValueError: shapes that do not fit, counts that are not integers of at least 1 (min_modes) or 0, or
+            shells beyond the grid.
 
     Cost: 2 k^2 num_shells multiplications, and 30 microseconds a draw.
 
@@ -118,11 +122,11 @@ def log_shift_invariance(
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     lam, moved = (x.detach().to("cpu", torch.float64) for x in (eigenvalues, velocity))
     couplings, num_pairs = shell_couplings(lam, moved, grid)
-    shells = _usable_shells(lam, grid, min_modes, drop_top)
-    R, N = (x.numpy()[np.ix_(shells, shells)] for x in (couplings, num_pairs))
-    centers = grid.centers.log().numpy()[shells]
-    fit = _fit(R, shells, centers)
-    p_value = _shuffled(R, shells, centers, fit, num_null, seed) if num_null and not fit.reason else math.nan
+    used = _usable_shells(lam, grid, min_modes, drop_top) if shells is None else _chosen(shells, grid)
+    R, N = (x.numpy()[np.ix_(used, used)] for x in (couplings, num_pairs))
+    centers = grid.centers.log().numpy()[used]
+    fit = _fit(R, used, centers)
+    p_value = _shuffled(R, used, centers, fit, num_null, seed) if num_null and not fit.reason else math.nan
     locality, locality_p = _locality(lam, coefficients, moved, grid, num_null, seed)
     return LogShiftInvariance(
         defect=fit.defect,
@@ -134,7 +138,7 @@ def log_shift_invariance(
         locality=locality,
         locality_p=locality_p,
         couplings=couplings,
-        shells=tuple(int(a) for a in shells),
+        shells=tuple(int(a) for a in used),
         num_pairs=fit.num_pairs,
         width=grid.width,
         reason=fit.reason,
@@ -165,6 +169,13 @@ def _usable_shells(lam: Tensor, grid: ShellGrid, min_modes: int, drop_top: int) 
     kept = occupied[: max(len(occupied) - drop_top, 0)]
     kept = kept[(kept > 0) & (kept < grid.num_shells - 1)]
     return kept[counts[kept] >= min_modes]
+
+
+def _chosen(shells: Sequence[int], grid: ShellGrid) -> np.ndarray:
+    chosen = np.unique(np.asarray(shells, dtype=int))
+    if len(chosen) and not (0 < chosen[0] and chosen[-1] < grid.num_shells - 1):
+        raise ValueError(f"shells must be indices from 1 to {grid.num_shells - 2}, got {list(shells)}")
+    return chosen
 
 
 @dataclass(frozen=True)

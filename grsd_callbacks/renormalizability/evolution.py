@@ -17,7 +17,14 @@ from torch import Tensor
 
 from grsd_callbacks.arguments import checked
 from grsd_callbacks.kernel import NTKOperator
-from grsd_callbacks.renormalizability.blocks import Block, block_kernels, find_blocks, half_samples
+from grsd_callbacks.renormalizability.blocks import (
+    Block,
+    block_kernels,
+    find_blocks,
+    half_products,
+    half_weights,
+    resampled_error,
+)
 from grsd_callbacks.transfer import kernel_velocity
 
 
@@ -160,6 +167,9 @@ def _half_sample_error(kernel: Tensor, moved: Tensor, nu: float, num_outputs: in
     if num < 2:
         return math.nan
     m = kernel.shape[0]
-    halves = half_samples(m, num_outputs, num, seed)
-    values = [_kernel_speed(kernel[h][:, h], moved[h][:, h], nu * m / len(h)) for h in halves]
-    return float(np.std(values, ddof=1))
+    weights = half_weights(m, num_outputs, num, seed)
+    size, change = (half_products(x, x, weights).cpu().numpy() for x in (kernel, moved))
+    if not (size > 0).all():
+        return math.nan
+    scale = nu * weights.shape[1] / weights[0].sum().item()
+    return resampled_error(np.sqrt(change) / (scale * size))

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from grsd_callbacks.arguments import checked
 from grsd_callbacks.kernel import NTKOperator
 from grsd_callbacks.losses import Loss
-from grsd_callbacks.renormalizability.blocks import Block, find_blocks
+from grsd_callbacks.renormalizability.blocks import Block, find_blocks, resampled_error
 
 #: probability that some upper bound of a call is too small
 FAILURE = 0.01
+#: what is left of a vector after orthogonalisation, below which it is done again
+MUCH = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +197,7 @@ def _largest_singular_value(h: Tensor, after: Tensor, num_steps: int, failure: f
     steps = min(num_steps, rows, columns)
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(n, columns, generator=generator, dtype=torch.float64).to(h.device)
-    B = _bidiagonal(forward, transposed, start, steps)
+    B = _bidiagonal(forward, transposed, start, rows, steps)
     low = float(torch.linalg.svdvals(B)[:, 0].max())
     if steps == min(rows, columns):
         return low, low
@@ -204,18 +206,19 @@ def _largest_singular_value(h: Tensor, after: Tensor, num_steps: int, failure: f
 
 
 def _bidiagonal(
-    forward: Callable[[Tensor], Tensor], transposed: Callable[[Tensor], Tensor], start: Tensor, steps: int
+    forward: Callable[[Tensor], Tensor], transposed: Callable[[Tensor], Tensor], start: Tensor, rows: int, steps: int
 ) -> Tensor:
-    """Upper bidiagonal B with U^T A = B V^T of every sample, (n, steps, steps + 1), fully reorthogonalised."""
-    n = len(start)
-    B = torch.zeros(n, steps, steps + 1, dtype=torch.float64, device=start.device)
-    V, U = _normalised(start)[0][:, None], start.new_zeros(n, 0, 0)
+    """Upper bidiagonal B with U^T A = B V^T of every sample, (n, steps, steps + 1), fully reorthogonalised.
+
+    On both sides: where the Krylov space is exhausted, a recurrence on one side would run away.
+    """
+    n, columns = start.shape
+    B = start.new_zeros(n, steps, steps + 1)
+    U, V = start.new_empty(n, steps, rows), start.new_empty(n, steps + 1, columns)
+    V[:, 0] = _normalised(start)[0]
     for k in range(steps):
-        u, alpha = _normalised(_without(forward(V[:, k]), U))
-        U = u[:, None] if k == 0 else torch.cat([U, u[:, None]], 1)
-        v, beta = _normalised(_without(transposed(u), V))
-        V = torch.cat([V, v[:, None]], 1)
-        B[:, k, k], B[:, k, k + 1] = alpha, beta
+        U[:, k], B[:, k, k] = _normalised(_without(forward(V[:, k]), U[:, :k]))
+        V[:, k + 1], B[:, k, k + 1] = _normalised(_without(transposed(U[:, k]), V[:, : k + 1]))
     return B
 
 
@@ -225,9 +228,12 @@ def _normalised(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _without(x: Tensor, basis: Tensor) -> Tensor:
-    """x less its part in the rows of the basis, (n, k, d), of every sample; twice, against rounding."""
+    """x less its part in the rows of the basis, (n, k, d), of every sample; again where much of it went."""
     for _ in range(2 if basis.shape[1] else 0):
-        x = x - torch.bmm(torch.bmm(basis, x[:, :, None]).transpose(1, 2), basis)[:, 0]
+        before = x.norm(dim=1)
+        x = torch.baddbmm(x[:, None], torch.bmm(x[:, None], basis.mT), basis, alpha=-1)[:, 0]
+        if not bool((x.norm(dim=1) < MUCH * before).any()):
+            break
     return x
 
 
@@ -241,7 +247,7 @@ def _spread_error(norms: Tensor, num: int, seed: int) -> float:
         return math.nan
     random = torch.Generator().manual_seed(seed)
     halves = [torch.randperm(len(norms), generator=random)[: len(norms) // 2] for _ in range(num)]
-    return float(np.std([_spread(norms[half]) for half in halves], ddof=1))
+    return resampled_error([_spread(norms[half]) for half in halves])
 
 
 def _trend(norms: Tensor, num_null: int, seed: int) -> dict[str, float]:
