@@ -54,7 +54,7 @@ def exact(
 ) -> dict[str, Any]:
     """All eigenpairs: every shell, down to the floor."""
     gram = op.exact_gram(memory_limit=settings.memory_limit)
-    matrix = gram.matrix.mul_(r.nu)
+    matrix = r.nu * gram.matrix
     spectrum = _with_floor(eigendecomposition(matrix), relative_floor(op, exact=True))
     values = spectrum.eigenvalues
     largest = float(values[-1])
@@ -82,7 +82,7 @@ def lanczos(
 ) -> dict[str, Any]:
     """All eigenvalues, and the residual's measure by its bounds: no eigenvectors."""
     gram = op.exact_gram(memory_limit=settings.memory_limit)
-    matrix = gram.matrix.mul_(r.nu)
+    matrix = r.nu * gram.matrix
     values = torch.linalg.eigvalsh(matrix)
     measure_of_r = spectral_measure(matrix, r.residual, min(settings.num_matvecs, len(values)))
     largest = float(values[-1])

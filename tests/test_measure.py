@@ -13,6 +13,7 @@ from grsd_callbacks.exponents import fit_energy, fit_loss, fit_spectrum
 from grsd_callbacks.losses import resolve_loss
 from grsd_callbacks.measure import BadState, choose_method, measure, measure_with_operator
 from grsd_callbacks.probe import Probe
+from grsd_callbacks.renormalizability.blocks import BlockOperator
 from grsd_callbacks.settings import Settings
 from grsd_callbacks.shells import ShellGrid
 from grsd_callbacks.ways import default_grid
@@ -406,3 +407,13 @@ def test_rank_deficient_kernels_put_the_null_space_in_the_underflow():
     found = measure(model, Probe(x, randn(9, 1, seed=1)), resolve_loss("mse"))
     assert float(found.budget.counts[0]) == 7.0 and float(found.budget.counts.sum()) == 9.0
     assert float(found.budget.dissipation[0]) <= 1e-12 * float(found.budget.dissipation.sum())
+
+
+@pytest.mark.parametrize("method", ["exact", "lanczos"])
+def test_a_kernel_that_its_operator_keeps_is_left_as_it_is(method):
+    """Scaled by nu in a copy: the operator may hand the same matrix to others."""
+    model, x, y = case("cnn")
+    op = BlockOperator(model, x)
+    before = op.exact_gram().matrix.clone()
+    measure_with_operator(model, Probe(x, y), resolve_loss("mse"), Settings(method), op=op)
+    assert op.exact_gram().matrix is op.exact_gram().matrix and torch.equal(op.exact_gram().matrix, before)

@@ -247,7 +247,7 @@ def test_shells_and_conditions_share_one_kernel(monkeypatch):
 
     for where in ("renormalizability.blocks", "transfer", "kernel"):
         counting(where, "exact_gram", formed)
-    for where in ("measure", "renormalizability.conditions"):
+    for where in ("ways", "renormalizability.conditions"):
         counting(where, "eigendecomposition", solved)
     monitor = loop(num_steps=1, every_n_steps=5)
     assert len(monitor.conditions) == 2

@@ -107,8 +107,8 @@ class BlockOperator(NTKOperator):
     def exact_gram(self, *, memory_limit: int | None = None) -> Gram:
         """As for every operator, with `blocks`: m^2 numbers a module, kept as long as the operator."""
         if self._by_module is None:
-            limit = memory_limit or self.gram_memory
-            self._by_module = exact_gram(self.function, self.inputs, memory_limit=limit, blocks="module")
+            limit, sums = memory_limit or self.gram_memory, self.gram_dtype
+            self._by_module = exact_gram(self.function, self.inputs, memory_limit=limit, blocks="module", sums=sums)
         return self._by_module
 
 
