@@ -254,7 +254,7 @@ def test_shells_and_conditions_share_one_kernel(monkeypatch):
     for calls in (formed, solved):
         calls.clear()
     monitor._take(2)
-    assert sorted(formed) == ["renormalizability.blocks", "transfer", "transfer"] and solved == ["measure"]
+    assert sorted(formed) == ["renormalizability.blocks", "transfer", "transfer"] and solved == ["ways"]
 
 
 def test_conditions_of_a_run_are_those_of_one_instant():
