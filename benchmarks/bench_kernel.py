@@ -81,6 +81,7 @@ CASES: dict[str, dict[str, Case]] = {
         "resnet_gn": Case("resnet_gn", 16),
         "resnet_bn": Case("resnet_bn", 16),
         "resnet_gn large": Case("resnet_gn", 64),
+        "resnet_gn larger": Case("resnet_gn", 200),
         "gpt": Case("gpt", 4),
         "gpt large": Case("gpt", 16),
     },

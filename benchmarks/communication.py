@@ -30,7 +30,7 @@ RANKS = (1, 2, 8, 64, 1024)
 PARAMETERS = (10**6, 10**7, 10**8, 10**9, 10**10, 10**11)
 METHODS = ("exact", "krylov", "randomized")
 #: collectives of a session: agreements (one of them on the run being unbroken), copies or the step's change, stop, the
-#: snapshot for all
+#: snapshot for all (the default schedule's decision adds three to a measurement)
 SESSION = 9
 #: and of an exact kernel: message, agreement, plans, sum
 KERNEL = 6

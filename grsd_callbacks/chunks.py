@@ -100,7 +100,9 @@ class ChunkedProducts:
         """J^T v in the parameters' shapes; None is zero."""
         total: list[Tensor | None] = [None] * len(self.function.parameters)
         for index, part in zip(self._chunks(), self._split(v), strict=True):
-            pulled = self._products(index).vjp(part, batched=batched)
+            products = self._products(index)
+            kept = index.start in self._kept and self.plan.path == "double_backward"
+            pulled = products.vjp(part, batched=batched, differentiable=kept)
             total = [_plus(a, b) for a, b in zip(total, pulled, strict=True)]
         self.num_products += 0.5 * (len(v) if batched else 1)
         return total

@@ -67,9 +67,14 @@ class Products:
 
     # -- J^T v -------------------------------------------------------------------------------------------
 
-    def vjp(self, v: Tensor, *, batched: bool = False) -> list[Tensor | None]:
-        """J^T v by parameter (None: no gradient), from v of shape (rows,); batched: from (k, rows), k first."""
+    def vjp(self, v: Tensor, *, batched: bool = False, differentiable: bool = False) -> list[Tensor | None]:
+        """J^T v by parameter (None: no gradient), from v of shape (rows,); batched: from (k, rows), k first.
+
+        If `differentiable`, the first one also builds the graph that double backward needs: a pass fewer.
+        """
         f = self.outputs
+        if differentiable and not batched and self._cotangent is None:
+            return [None if g is None else dense(g.detach()) for g in self.pull(v)]
         v = v.reshape(*v.shape[:1], *f.shape) if batched else v.view_as(f)
         grads = torch.autograd.grad(f, self._leaves, v, retain_graph=True, allow_unused=True, is_grads_batched=batched)
         return [dense(g) for g in grads]
@@ -85,10 +90,11 @@ class Products:
         """J w of k tangents by double backward, k first, shape (k, rows)."""
         return self._double(tangents, batched=True).detach().flatten(1)
 
-    def pull(self) -> list[Tensor | None]:
-        """J^T z as a differentiable function of z."""
+    def pull(self, at: Tensor | None = None) -> list[Tensor | None]:
+        """J^T z as a differentiable function of z, which is linear: it may be built at any z (default 0)."""
         if self._cotangent is None:
-            z = torch.zeros_like(self.outputs, requires_grad=True)
+            f = self.outputs
+            z = (torch.zeros_like(f) if at is None else at.detach().clone().view_as(f)).requires_grad_()
             pulled = torch.autograd.grad(self.outputs, self._leaves, z, create_graph=True, allow_unused=True)
             self._cotangent, self._pulled = z, list(pulled)
         return self._pulled
