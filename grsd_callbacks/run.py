@@ -282,7 +282,8 @@ class Run:
         last = self.history[-1]
         fits = {"q": self.trajectory.frozen.source, **self.trajectory.fits()}
         if last.weights is None:
-            fits.update(spectrum_fits(last.eigenvalues, last.edges, last.counts, last.resolved, compare=True))
+            shells, floor = (last.edges, last.counts, last.resolved), last.summary.get("floor", 0.0)
+            fits.update(spectrum_fits(last.eigenvalues, *shells, floor=floor, compare=True))
         learned = self.compression(fits)
         return fits if learned is None else {**fits, "pi_c": learned.pi_c}
 
