@@ -256,7 +256,7 @@ class Run:
                 health["velocity_gap"] = _velocity_gap(op, velocity, dense)
             moved = state.vectors.T @ dense.to(state.vectors) @ state.vectors
         else:
-            reasons["kink_gap"] = "only measured with the exact kernel"
+            reasons["kink_gap"] = "only measured with all eigenvectors of the kernel"
             moved = kernel_velocity(op, velocity, state.vectors)
         g = state.vectors.T @ state.residual.to(state.vectors)
         held = float(g @ g) / max(float(state.residual @ state.residual), 1e-300)

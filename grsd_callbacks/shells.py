@@ -131,8 +131,8 @@ class ShellBudget:
         dissipation: D_a = sum lambda_i g_i^2 >= 0, loss per flow time; sums to r^T M r exactly.
         counts: number of eigenvalues, sums to m (NaN where not measured).
         energy_bounds, dissipation_bounds, count_bounds: (2, num_shells) lower and upper; rigorous for
-            energy and dissipation (krylov), 95 % for counts; equal to the value where it is exact, NaN where none
-            is known (randomized).
+            energy and dissipation (lanczos above the floor, krylov), 95 % for counts; equal to the value where it is
+            exact, NaN where none is known (randomized).
         resolved: whether the energy of the shell is known to within a factor (`RESOLVED_FRACTION`).
     """
 

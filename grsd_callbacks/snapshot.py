@@ -32,10 +32,10 @@ class Snapshot:
             to |grad L|^2.
         energy_bounds, dissipation_bounds, count_bounds: lower and upper, shape (2, B + 2).
         resolved: whether a shell's energy is known (bool).
-        eigenvalues: of M, descending: all (exact), or the Gauss nodes of the residual's measure (krylov), or Ritz
-            values of the top (randomized).
-        weights: Gauss weights of the nodes (krylov), squared coefficients (randomized); None where eigenvalues are
-            exact.
+        eigenvalues: of M, descending: all (exact, lanczos), or the Gauss nodes of the residual's measure (krylov), or
+            Ritz values of the top (randomized).
+        weights: Gauss weights of the nodes (krylov), squared coefficients (randomized); None where all eigenvalues are
+            known.
         frozen_energy: energy of the present residual in the shells of the *first* measurement's basis.
         transport, flux: per shell and per edge, over the interval since the previous measurement; NaN where there is
             none.
