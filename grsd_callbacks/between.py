@@ -50,7 +50,7 @@ class BetweenSteps:
 
     def step_ended(self) -> None:
         """Remember the parameters as an optimizer step has left them."""
-        self._versions = self._sum()
+        self._versions = self.version
         if self._alias is None or not self._is_current(self._alias):
             self._alias = self._small.detach()
             self._values = self._alias.clone()
@@ -68,10 +68,12 @@ class BetweenSteps:
         if before is None or self._usual:
             return False
         self._intervals += 1
-        if before == self._sum() or bool((self._values == self._small).all()):
+        if before == self.version or bool((self._values == self._small).all()):
             return False
         self._usual = self._intervals == 1
         return not self._usual
 
-    def _sum(self) -> int:
+    @property
+    def version(self) -> int:
+        """How often the watched parameters have been written to."""
         return sum([p._version for p in self._watched])  # a list: this runs twice a step

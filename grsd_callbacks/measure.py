@@ -37,7 +37,8 @@ class Instant:
         eigenvalues, weights: see `Snapshot`.
         summary, health, cost, paths: see `Snapshot`.
         closes: whether the dissipation sums to grad_norm_sq.
-        images: [M z, H M H z] of the fixed random unit vector z, shape (m, 2), H centring; None on the exact path.
+        images: [M z, H M H z] of the fixed random unit vector z, shape (m, 2), H centring; None where all
+            eigenpairs are known.
     """
 
     method: str

@@ -138,14 +138,14 @@ class Outlet:
         except Exception as error:
             if self.on_error == "raise":
                 raise
-            if figures:
+            if figures and "write" not in self._warned:  # else what stops values stops figures too
                 self.warn_once(
-                    "write",
+                    "draw",
                     f"grsd: figures cannot be drawn or written ({first_line(error)}); what they show is kept in "
                     "history. Look at the disk and the logger: it is tried again when figures are next due, and "
                     "`grsd report` draws them from the run's files.",
                 )
-            else:
+            elif not figures:
                 self.warn_once(
                     "write",
                     f"grsd: values cannot be written ({first_line(error)}); they are kept in history. Look at the disk "

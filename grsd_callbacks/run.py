@@ -256,7 +256,7 @@ class Run:
                 health["velocity_gap"] = _velocity_gap(op, velocity, dense)
             moved = state.vectors.T @ dense.to(state.vectors) @ state.vectors
         else:
-            reasons["kink_gap"] = "only measured with the exact kernel"
+            reasons["kink_gap"] = "only measured with all eigenvectors of the kernel"
             moved = kernel_velocity(op, velocity, state.vectors)
         g = state.vectors.T @ state.residual.to(state.vectors)
         held = float(g @ g) / max(float(state.residual @ state.residual), 1e-300)
@@ -282,7 +282,8 @@ class Run:
         last = self.history[-1]
         fits = {"q": self.trajectory.frozen.source, **self.trajectory.fits()}
         if last.weights is None:
-            fits.update(spectrum_fits(last.eigenvalues, last.edges, last.counts, last.resolved, compare=True))
+            shells, floor = (last.edges, last.counts, last.resolved), last.summary.get("floor", 0.0)
+            fits.update(spectrum_fits(last.eigenvalues, *shells, floor=floor, compare=True))
         learned = self.compression(fits)
         return fits if learned is None else {**fits, "pi_c": learned.pi_c}
 

@@ -340,7 +340,7 @@ class LogSchedule:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue; the state of another kind of schedule is left aside."""
+        """Continue; the state of another kind of schedule is left aside, and one without accounts begins them here."""
         if state.get("kind") != "log":
             return
         self._last, self._decided = int(state["last"]), bool(state["decided"])
@@ -350,9 +350,10 @@ class LogSchedule:
         self._rates = None if rates is None else (float(rates[0]), float(rates[1]), float(rates[2]))
         self._times = [(int(step), float(spent), float(elapsed)) for step, spent, elapsed in state["times"]]
         self._spent_before = {int(step): float(spent) for step, spent in state["spent_before"]}
-        self._ledger, self.left_out = Ledger(**state["ledger"]), int(state["left_out"])
-        self._per_step, self._credit = float(state["per_step"]), float(state["credit"])
-        self._marks = [(int(step), float(training)) for step, training in state["marks"]]
+        self._ledger, self.left_out = Ledger(**state.get("ledger", {})), int(state.get("left_out", 0))
+        self._per_step, self._credit = float(state.get("per_step", 0.0)), float(state.get("credit", 0.0))
+        timed = [(step, elapsed - spent) for step, spent, elapsed in self._times[-1:]]
+        self._marks = [(int(step), float(training)) for step, training in state.get("marks", timed)]
 
 
 def log_points(first: int, last: int, per_decade: int) -> list[int]:

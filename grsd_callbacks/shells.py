@@ -96,6 +96,10 @@ class ShellGrid:
         total = torch.zeros(self.num_shells, dtype=values.dtype, device=values.device)
         return total.index_add_(0, self.assign(eigenvalues).to(values.device), values).to("cpu", torch.float64)
 
+    def above(self, floor: float) -> Tensor:
+        """Shells that lie above a floor, (num_shells,) bool; the underflow shell if it holds all that lies below."""
+        return torch.cat([self.edges[:1], self.edges]) >= floor * (1 - 1e-9)
+
     def steps(self, eigenvalues: Tensor, width: float | None = None) -> Tensor:
         """Theta_b(lambda) for every edge b, shape (B + 1, len): 1 above the edge, 0 below.
 
@@ -127,8 +131,8 @@ class ShellBudget:
         dissipation: D_a = sum lambda_i g_i^2 >= 0, loss per flow time; sums to r^T M r exactly.
         counts: number of eigenvalues, sums to m (NaN where not measured).
         energy_bounds, dissipation_bounds, count_bounds: (2, num_shells) lower and upper; rigorous for
-            energy and dissipation (lanczos, krylov), 95 % for counts; equal to the value where it is exact, NaN where
-            none is known (randomized).
+            energy and dissipation (lanczos above the floor, krylov), 95 % for counts; equal to the value where it is
+            exact, NaN where none is known (randomized).
         resolved: whether the energy of the shell is known to within a factor (`RESOLVED_FRACTION`).
     """
 
@@ -187,8 +191,7 @@ def _exact_budget(spectrum: Eigendecomposition, residual: Tensor, grid: ShellGri
     else:
         windows = grid.windows(values, width)
         energy, dissipation, counts = ((windows @ x).cpu() for x in (0.5 * g**2, values * g**2, ones))
-    # A shell is known if it lies above the floor; the underflow shell if it holds all that lies below.
-    resolved = torch.cat([grid.edges[:1], grid.edges]) >= spectrum.floor * (1 - 1e-9)
+    resolved = grid.above(spectrum.floor)
     bounds = [torch.stack([x, x]) for x in (energy, dissipation, counts)]
     return ShellBudget(grid, energy, dissipation, counts, bounds[0], bounds[1], bounds[2], resolved)
 

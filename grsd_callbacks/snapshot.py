@@ -34,8 +34,8 @@ class Snapshot:
         resolved: whether a shell's energy is known (bool).
         eigenvalues: of M, descending: all (exact, lanczos), or the Gauss nodes of the residual's measure (krylov), or
             Ritz values of the top (randomized).
-        weights: Gauss weights of the nodes (krylov), squared coefficients (randomized); None where eigenvalues are
-            exact.
+        weights: Gauss weights of the nodes (krylov), squared coefficients (randomized); None where all eigenvalues are
+            known.
         frozen_energy: energy of the present residual in the shells of the *first* measurement's basis.
         transport, flux: per shell and per edge, over the interval since the previous measurement; NaN where there is
             none.

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from grsd_callbacks.distributed import ElsewhereError, Group
 from grsd_callbacks.gram import Gram
-from grsd_callbacks.gram.checks import TOTAL_TOLERANCE
+from grsd_callbacks.gram.checks import total_tolerance
 from grsd_callbacks.gram.division import partial_gram
 from grsd_callbacks.kernel import FORWARD_PATHS, NTKOperator
 from grsd_callbacks.losses import wide_dtype
@@ -127,7 +127,7 @@ class SharedOperator(NTKOperator):
             if gram is not None or min(limits) >= limit:
                 break
             limit = min(limits)  # memory ran out somewhere: the same terms for everyone
-        if gram is not None and gram.check_gap <= TOTAL_TOLERANCE.get(self.dtype, 1e-4):
+        if gram is not None and gram.check_gap <= total_tolerance(self.dtype, self.gram_dtype):
             return gram
         return super().exact_gram(memory_limit=memory_limit)
 

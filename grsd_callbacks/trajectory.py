@@ -114,7 +114,7 @@ def frozen_start(
     if exact and math.isfinite(smallest) and null < LEAST_NULL_SPACE and source.verdict in ("power_law", "undecided"):
         tail = energy_tail(source, budget.grid.width, smallest)
     labels = shell_labels(edges, values, weights.double().cpu().numpy().clip(0.0))
-    capacity = fit_spectrum(values if exact else values[:0])
+    capacity = fit_spectrum(_above(values, floor) if exact else values[:0])
     return Frozen(edges, energy.numpy(), labels, source, capacity, values if exact else values[:0], smallest, tail)
 
 
@@ -320,23 +320,29 @@ def exponents_at(
     smallest = float(known.min()) if known is not None and known.size else math.nan
     fits = {"q": source_fit(budget, smallest, trajectory.flow_time[-1], compare=compare), **trajectory.fits(compare)}
     if eigenvalues is not None:
-        fits.update(spectrum_fits(eigenvalues, budget.grid.edges, budget.counts, budget.resolved, compare=compare))
+        shells = budget.grid.edges, budget.counts, budget.resolved
+        fits.update(spectrum_fits(eigenvalues, *shells, floor=floor, compare=compare))
     return fits
 
 
 def spectrum_fits(
-    eigenvalues: Tensor, edges: Tensor, counts: Tensor, resolved: Tensor, *, compare: bool
+    eigenvalues: Tensor, edges: Tensor, counts: Tensor, resolved: Tensor, *, floor: float, compare: bool
 ) -> dict[str, PowerLawFit]:
-    """a by rank, and n of the counts per shell over the same eigenvalues (rank below m/5)."""
+    """a by rank, and n of the counts per shell over the same eigenvalues (rank below m/5, and above the floor)."""
     values = np.sort(eigenvalues.numpy())[::-1]
     last = values[max(math.ceil(len(values) / 5) - 2, 0)]
     whole = np.append(0.0, edges.numpy()) >= last
     return {
-        "a": fit_spectrum(values, compare=compare),
+        "a": fit_spectrum(_above(values, floor), compare=compare),
         "count": fit_counts(
             edges.numpy(), counts.numpy(), whole & resolved.numpy(), min_modes=2, min_points=4, compare=compare
         ),
     }
+
+
+def _above(values: np.ndarray, floor: float) -> np.ndarray:
+    """Eigenvalues with zeros, which are masked, for those that are rounding: the rank of the others stays."""
+    return np.where(values > floor, values, 0.0)
 
 
 def _inverse(a: float) -> float:

@@ -88,8 +88,9 @@ def lanczos(
     largest = float(values[-1])
     floor = relative_floor(op, exact=True) * max(largest, 0.0)
     grid = grid or _grid_of(values, floor, settings)
-    counts = grid.collect(values, torch.ones_like(values))
-    budget = replace(shell_budget(measure_of_r, None, grid), counts=counts, count_bounds=torch.stack([counts, counts]))
+    budget, counts = shell_budget(measure_of_r, None, grid), grid.collect(values, torch.ones_like(values))
+    resolved = budget.resolved & grid.above(floor)  # bounds are those of the kernel as it is rounded
+    budget = replace(budget, counts=counts, count_bounds=torch.stack([counts, counts]), resolved=resolved)
     trace, squares = float(values.sum()), float((values**2).sum())
     first = _krylov_scales(measure_of_r, largest)["mean_eigenvalue"] * measure_of_r.dissipation
     summary = _scales(largest, trace, squares, measure_of_r.dissipation, first)

@@ -378,6 +378,21 @@ def test_what_cannot_be_drawn_is_one_warning_and_tried_again(monkeypatch):
     assert all(bool(s.flux.isfinite().all()) for s in monitor.history[1:])  # the run is not broken by it
 
 
+def test_values_that_cannot_be_written_are_told_of_after_figures_that_could_not(monkeypatch):
+    """One is not the other: the disk may fill up long after matplotlib has failed."""
+
+    class Full(MemorySink):
+        def write(self, emission):
+            if emission.scalars and emission.step >= 4:
+                raise OSError("disk full")
+
+    monkeypatch.setattr(grsd_callbacks.outlet, "run_figures", lambda *args: {}["energy"])
+    with pytest.warns(MeasurementWarning) as caught:
+        train(6, Full(), figures_every_n_steps=2)
+    messages = [str(w.message).split(" (")[0] for w in caught if "cannot be" in str(w.message)]
+    assert messages == ["grsd: figures cannot be drawn or written", "grsd: values cannot be written"]
+
+
 def test_it_raises_where_that_is_asked_for(monkeypatch):
     monkeypatch.setattr(grsd_callbacks.outlet, "run_figures", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):

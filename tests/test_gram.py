@@ -365,6 +365,16 @@ def test_sums_in_float32_are_made_in_float32():
     assert double[0].abs() < 1e-12 * double[-1] and 1e-10 * single[-1] < single[0].abs() < 3e-7 * single[-1]
 
 
+def test_sums_in_float32_of_a_float64_model_pass_the_check():
+    """Products in float32 are not taken for an incomplete kernel, which would be computed again from rows."""
+    model, x = mlp_for_sums()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = exact_gram(ModelFunction(model), x, sums=torch.float32)
+    assert ModelFunction(model).dtype == torch.float64 and found.check_gap < 1e-6
+    assert set(found.paths.values()) == {"linear"}
+
+
 def mlp_for_sums():
     """Inputs along one line: depth without width, so that J has few singular values above rounding."""
     torch.manual_seed(1)

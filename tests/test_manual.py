@@ -127,6 +127,23 @@ def test_batches_after_the_last_step_are_no_measurement(tmp_path):
     assert float(ours.history[0].work.abs().sum()) > 0 and bool(ours.history[1].work.isnan().all())
 
 
+def test_optimizers_that_lightning_has_not_wrapped(tmp_path):
+    """It counts none of their steps, so that flow time stands still; every batch is measured all the same."""
+
+    class Bare(ByHand):
+        def training_step(self, batch, batch_idx):
+            loss = Automatic.training_step(self, batch, batch_idx)
+            self.manual_backward(loss)
+            for optimizer in self.optimizers(use_pl_optimizer=False):
+                optimizer.step()
+                optimizer.zero_grad()
+
+    ours = callback(every_n_steps=1)
+    trainer, _ = fit(Bare, tmp_path, [ours])
+    assert trainer.global_step == 0 and [s.step for s in ours.history] == [0, 1, 2, 3, 4]
+    assert len({s.loss for s in ours.history}) == 5
+
+
 def test_optimizers_that_take_turns(tmp_path):
     """Every batch steps one of two optimizers: each is an update, and flow time goes on by its share."""
 

@@ -134,6 +134,17 @@ def test_without_eigenvectors_all_but_the_shells_is_exact(name, k):
         torch.testing.assert_close(found.budget.energy, exact.budget.energy, rtol=1e-6, atol=1e-12 * exact.loss)
 
 
+@pytest.mark.parametrize("method", ["exact", "lanczos"])
+def test_shells_below_the_floor_are_not_resolved(method):
+    """There the bounds are narrow, and those of a kernel that is rounding."""
+    lam = torch.logspace(0, -12, 60, dtype=torch.float64)
+    model, x, _ = with_spectrum(lam)
+    grid, settings = ShellGrid.logarithmic(1e-14, 1.0), Settings(method, gram_dtype=torch.float32)
+    found = measure(model, Probe(x, randn(60, 1, seed=3)), resolve_loss("mse"), settings, grid)
+    below, resolved = grid.edges < found.summary["floor"], found.budget.resolved[1:]
+    assert int(below.sum()) > 10 and not bool(resolved[below].any()) and int(resolved[~below].sum()) > 10
+
+
 @pytest.mark.parametrize("name", MAIN)
 def test_without_a_grid_it_is_that_of_the_exact_way(name):
     model, x, y = case(name)

@@ -1,6 +1,8 @@
 """The core in a loop of one's own: steps, flow time, writers, failures and what they leave behind."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 
-from grsd_callbacks import MeasurementWarning, MemorySink, ShellMonitor, read_json_lines
+from grsd_callbacks import MeasurementWarning, MemorySink, ShellMonitor, read_json_lines, ways
 from grsd_callbacks.monitor import stopwatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:grsd. measuring every . steps costs")
@@ -54,6 +56,17 @@ def test_step_measures_if_due_and_says_so():
     assert [s and s.step for s in found] == [0, None, None, 3, None]
     assert found[0] is monitor.history[0] or found[0].step == monitor.history[0].step
     assert monitor.finish().step == 4 and monitor.finish() is None  # the end is measured once
+
+
+def test_no_kernel_is_held_until_the_next_step(monkeypatch):
+    """m^2 numbers beside the basis; the work of the step needs the basis alone."""
+    kernels, decompose = [], ways.eigendecomposition
+    monkeypatch.setattr(ways, "eigendecomposition", lambda M: kernels.append(weakref.ref(M)) or decompose(M))
+    net, x, y = problem()
+    monitor = ShellMonitor(net, "mse", (x, y), every_n_steps=1, method="exact")
+    assert monitor.step(0, lr=0.1) is not None and monitor.step(1, lr=0.1) is not None
+    gc.collect()
+    assert len(kernels) == 2 and all(kernel() is None for kernel in kernels)
 
 
 def test_flow_time_from_an_optimizer():

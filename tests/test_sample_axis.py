@@ -188,6 +188,24 @@ def test_samples_that_interact_otherwise_are_not_mistaken():
     assert not step.outputs.time_first and "samples of a batch interact" in step.notes[0]
 
 
+@pytest.mark.parametrize("refused", [None, (3, 5)])
+def test_steps_that_assert_the_shape_of_a_batch_are_measured(refused):
+    """On parts along either axis: what a model says to them only means that samples are not there."""
+
+    class Asserting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = mlp()
+
+        def training_step(self, batch, batch_idx):
+            assert batch[0].shape[1] == 5 and tuple(batch[0].shape) != refused, "the wrong shape"
+            z = self.body(batch[0])
+            return F.mse_loss(z - z.mean(0), torch.ones_like(z))
+
+    _, _, step = step_of(Asserting, (randn(N, 5, seed=6), NEXT))
+    assert not step.outputs.time_first and "samples of a batch interact" in step.notes[0]
+
+
 # ---- forward ----
 
 

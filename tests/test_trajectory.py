@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from known_runs import train
+from nets import randn, with_spectrum
 
-from grsd_callbacks import ShellGrid, four_corner_flux
+from grsd_callbacks import ShellGrid, ShellMonitor, four_corner_flux
 from grsd_callbacks import testing as known
 from grsd_callbacks.drift import spectral_velocity
 from grsd_callbacks.exponents import PowerLawFit
@@ -30,6 +31,16 @@ def test_memory_is_bounded_and_a_power_law_survives_the_thinning():
     assert len({len(getattr(long, name)) for name in ("flow_time", "loss", "frontier", "contour")}) == 1
     chi = long.fits(compare=False)["chi"]
     assert chi.exponent == pytest.approx(0.6, abs=1e-9) and chi.num_decades > 3
+
+
+def test_no_exponent_of_the_spectrum_is_fitted_to_rounding():
+    """A kernel of float32 products goes flat within the ranks of the window."""
+    model, x, _ = with_spectrum(torch.arange(1, 301, dtype=torch.float64) ** -5.0)
+    options = {"method": "exact", "gram_dtype": torch.float32, "every_n_steps": 1}
+    monitor = ShellMonitor(model, "mse", (x, randn(300, 1)), **options)
+    found = monitor.step(0, lr=0.1)
+    for fit_of_a in (found.exponents["a"], found.exponents["a_start"], monitor.final_exponents()["a"]):
+        assert fit_of_a.exponent == pytest.approx(5.0, abs=0.01) and fit_of_a.window[1] < 25
 
 
 def test_velocity_of_an_interval_that_is_too_long_is_left_out():

@@ -181,7 +181,7 @@ class ShellDynamicsCallback(*facts.BASES):  # type: ignore[misc]
         self.monitor: ShellMonitor | None = None
         self._resume: dict[str, Any] | None = None
         self._step_axis, self._stepped = 0, False
-        self._measured_at: int | None = None
+        self._measured_at: tuple[int, int] | None = None  # Lightning's count of steps, and that of writes
         self._off = self._refused = False
         self._failed_starts, self._next_start = 0, 0
         self._sizes = StepSizes()
@@ -234,7 +234,7 @@ class ShellDynamicsCallback(*facts.BASES):  # type: ignore[misc]
             return
         self._step_axis = facts.step_axis(trainer, pl_module)
         if self.monitor.observe(self._step_axis, lambda: step_size(facts.raw_optimizers(trainer))) is not None:
-            self._measured_at = trainer.global_step
+            self._measured_at = trainer.global_step, self._between.version
 
     @charged
     def on_before_optimizer_step(self, trainer: Any, pl_module: nn.Module, optimizer: Any) -> None:
@@ -310,10 +310,14 @@ class ShellDynamicsCallback(*facts.BASES):  # type: ignore[misc]
         return self._group.size == 1 and not trainer.is_global_zero
 
     def _stands_still(self, trainer: Any, module: Any) -> bool:
-        """Whether batches have been counted since the latest measurement, but no optimizer step (gradients by hand)."""
-        if module.automatic_optimization or trainer.global_step != self._measured_at:
+        """Whether batches have been counted since the latest measurement, but nothing has moved (gradients by hand).
+
+        Parameters are looked at too: Lightning does not see the steps of optimizers that it has not wrapped.
+        """
+        if module.automatic_optimization or self._measured_at is None or trainer.global_step != self._measured_at[0]:
             return False
-        return facts.step_axis(trainer, module) > self._step_axis
+        counted = facts.step_axis(trainer, module) > self._step_axis
+        return counted and self._group.all(self._between.version == self._measured_at[1])
 
     def _notice_writes(self) -> None:
         """Weights loaded or averaged in place are a break in the run."""

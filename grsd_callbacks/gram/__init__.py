@@ -19,7 +19,7 @@ from torch import Tensor
 
 from grsd_callbacks.functional import ModelFunction
 from grsd_callbacks.gram.capture import Record, record
-from grsd_callbacks.gram.checks import TOTAL_TOLERANCE, Reference, checked
+from grsd_callbacks.gram.checks import Reference, checked, total_tolerance
 from grsd_callbacks.gram.contraction import Accumulator
 from grsd_callbacks.gram.sweep import Irregular, Sweeper
 from grsd_callbacks.gram.terms import DiagonalTerm, FactoredTerm, LeafTerm, SharedTerm, Term, spans
@@ -166,7 +166,7 @@ class _Computation:
         self.wide = wide_dtype(function.device)
         self.sums = sums or self.wide
         self.n = num_samples(inputs)
-        self.tolerance = TOTAL_TOLERANCE.get(function.dtype, 1e-4)
+        self.tolerance = total_tolerance(function.dtype, self.sums)
 
     def record(self) -> Record:
         """One forward on the batch; with it, what memory may be held."""

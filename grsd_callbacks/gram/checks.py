@@ -27,6 +27,11 @@ TOTAL_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 _ROUNDING = 100
 
 
+def total_tolerance(dtype: torch.dtype, sums: torch.dtype | None) -> float:
+    """Allowed gap of v^T K v: that of the dtype of the model, or of the products added up where theirs is coarser."""
+    return max(TOTAL_TOLERANCE.get(d, 1e-4) for d in (dtype, sums or dtype))
+
+
 @dataclass(frozen=True, eq=False)
 class Reference:
     """Autograd's own J^T v on the whole batch.

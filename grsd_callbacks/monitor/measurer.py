@@ -205,7 +205,8 @@ class Measurer:
         snapshot = self.run.add(step, instant, self.loss.energy_is_loss)
         if self.work:
             op.release()
-            self._pending = Pending(step, op, instant.state, instant.nu, self.run.size)
+            state = replace(instant.state, kernel=None)  # m^2 numbers, held until the next step is done
+            self._pending = Pending(step, op, state, instant.nu, self.run.size)
         self._warn_if_costly()
         report = self.report if len(self.history) == 1 else None
         self._note(step, self.outlet.snapshot(snapshot, self.num_failed, report))

@@ -60,7 +60,7 @@ class ShellMonitor(Measurer):
         pair: measure before *and* after the step at each due point (flux over a single step).
         work: also measure the work of the optimizer step that follows each measurement (one J w).
         transfer: also measure the instantaneous flux and the shell-to-shell transfer matrix along that step (needs
-            `work`; exact path: four exact kernels in float64, krylov: about 1.5 products a Ritz vector).
+            `work`; exact path: four exact kernels in float64, else about 1.5 products a Ritz vector).
         figures: draw heat maps of the run in `finish` (not part of the overhead), and before (needs matplotlib).
         figures_every_n_steps: optimizer steps between drawings during the run, each at the next measurement and part of
             the overhead; "auto": whenever the run has doubled in steps and `max_overhead` leaves the time; None: only

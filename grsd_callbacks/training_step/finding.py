@@ -202,7 +202,7 @@ def _with_axes(
     for samples in parts_of(n):
         try:
             parts = _events(outputs, model, take(batch, samples, n))
-        except (RuntimeError, ValueError, IndexError):  # a step that does not run on parts of a batch
+        except Exception:  # a step that does not run on parts of a batch
             return _without_samples(outputs, model, batch, cut), False
         found.append([_axis(event, part, n, samples) for event, part in zip(cut, parts)])
     independent = None not in found[0] and all(axes == found[0] for axes in found)
