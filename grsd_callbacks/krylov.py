@@ -25,8 +25,8 @@ from torch import Tensor
 BOUND_GUARD = 1e-9
 #: nodes closer than this (relative) are one
 COINCIDENT = 4e-12
-#: relative error of singular values that are known by their squares in float64
-LANCZOS_ROUNDING = 1e-7
+#: relative error of singular values that are known by their squares, in roots of the dtype's eps: 1e-7 in float64
+LANCZOS_ROUNDING = 6.7
 #: steps between looks at the coefficients on an accelerator, which make the host wait
 LOOK_EVERY = 16
 #: numbers in one block of the bounds' root finding (1 MB, so that it stays in the cache)
@@ -140,15 +140,16 @@ def lanczos(matrix: Tensor, start: Tensor, num_steps: int) -> Bidiagonalization:
         for _ in range(2):
             image = image - basis @ (basis.T @ image)
         b = image.norm()
-        left[:, j + 1] = image / b.clamp_min(1e-300)
+        left[:, j + 1] = image / b.clamp_min(torch.finfo(b.dtype).tiny)
         entries += [a, b]
-    return _factored(torch.stack(entries).cpu().to(torch.float64), left, norm)
+    rounding = LANCZOS_ROUNDING * torch.finfo(matrix.dtype).eps ** 0.5
+    return _factored(torch.stack(entries).cpu().to(torch.float64), left, norm, rounding)
 
 
-def _factored(entries: Tensor, left: Tensor, norm: float) -> Bidiagonalization:
+def _factored(entries: Tensor, left: Tensor, norm: float, rounding: float) -> Bidiagonalization:
     """Cholesky factor of the Jacobi matrix with diagonal a_j and off-diagonal b_j, up to where b_j is rounding."""
     diagonal, beside = entries[0::2], entries[1::2]
-    least = LANCZOS_ROUNDING**2 * float(diagonal.abs().max())
+    least = rounding**2 * float(diagonal.abs().max())
     ended = (beside <= least).nonzero()
     num_steps = int(ended[0]) + 1 if len(ended) else len(diagonal)
     exhausted = bool(len(ended)) or num_steps == left.shape[0]
@@ -158,7 +159,7 @@ def _factored(entries: Tensor, left: Tensor, norm: float) -> Bidiagonalization:
         alphas[j] = max(pivot, least, 1e-300) ** 0.5
         betas[j] = 0.0 if exhausted and j == num_steps - 1 else float(beside[j] / alphas[j])
     kept = left[:, : num_steps + (not exhausted)]
-    return Bidiagonalization(alphas, betas, norm, kept, exhausted, 0.0, LANCZOS_ROUNDING)
+    return Bidiagonalization(alphas, betas, norm, kept, exhausted, 0.0, rounding)
 
 
 class _Recurrence:

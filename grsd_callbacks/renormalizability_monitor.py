@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from grsd_callbacks import tags
@@ -87,6 +88,8 @@ class RenormalizabilityMonitor(ShellMonitor):
         per_decade: int = 2,
         **options: Any,
     ) -> None:
+        if options.get("gram_dtype") == torch.float32:
+            raise ValueError("gram_dtype must be None or torch.float64: couplings need kernels summed up in float64")
         self.how = conditions or ConditionSettings()
         self.conditions: list[Conditions] = []
         self.verdict: RunVerdict | None = None
@@ -133,8 +136,11 @@ class RenormalizabilityMonitor(ShellMonitor):
         return instant
 
     def _take(self, step: int) -> Snapshot:
-        snapshot = super()._take(step)
-        found = self.team.group.share(lambda: self._conditions_at(snapshot))
+        try:
+            snapshot = super()._take(step)
+            found = self.team.group.share(lambda: self._conditions_at(snapshot))
+        finally:
+            self._found = None  # the operator holds copies of the parameters
         self.conditions.append(found)
         if not self.team.leads:
             self.outlet.conditions(found, snapshot, self.num_failed, None)

@@ -291,3 +291,16 @@ def test_the_default_cadence_holds_its_share(monkeypatch, busy_until):
     assert steps[0] == 0 and steps[-1] == 20_000 and 1 not in steps and len(steps) > 6
     assert 0.01 < monitor.overhead <= 0.02
     assert (monitor.schedule.left_out > 0) == (busy_until > 0)
+
+
+def test_kernels_of_float32_products_are_refused():
+    with pytest.raises(ValueError, match="gram_dtype must be None or torch.float64: couplings need kernels"):
+        loop(num_steps=1, every_n_steps=5, gram_dtype=torch.float32)
+
+
+def test_a_failed_measurement_keeps_no_operator(monkeypatch):
+    monitor = loop(num_steps=1, every_n_steps=5)
+    monkeypatch.setattr(monitor, "_conditions_at", lambda snapshot: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        monitor._take(2)
+    assert monitor._found is None

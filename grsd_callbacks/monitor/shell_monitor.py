@@ -36,7 +36,7 @@ from grsd_callbacks.probe import Probe, plain_leaves, probe_from, restored
 from grsd_callbacks.report import summary_table
 from grsd_callbacks.resume import changed_arguments, plain_arguments, same_probe
 from grsd_callbacks.run import Run
-from grsd_callbacks.schedule import LogSchedule
+from grsd_callbacks.schedule import FixedSchedule
 from grsd_callbacks.settings import Settings
 from grsd_callbacks.sharded import Twin
 from grsd_callbacks.snapshot import Snapshot
@@ -261,9 +261,7 @@ class ShellMonitor(Measurer):
             self.schedule.load_state_dict(self.team.group.share(self.schedule.state_dict))
 
     def _due(self, step: int) -> bool:
-        due = self.schedule.due(step)
-        if due and isinstance(self.schedule, LogSchedule):  # by rank zero's clock
-            due = self.team.group.share(self.schedule.affords)
+        due = self.schedule.due(step) and self._affords()
         if not due and not self.pair:
             return False
         if self.history and self.history[-1].step >= step:  # resumed where a run had ended
@@ -271,6 +269,10 @@ class ShellMonitor(Measurer):
         if self.pair and self.history and self.history[-1].step == step - 1:
             due = due or len(self.history) < 2 or self.history[-2].step != step - 2
         return due
+
+    def _affords(self) -> bool:
+        """Whether what is due is measured, as rank zero says; nobody has to be asked where all that is due is."""
+        return isinstance(self.schedule, FixedSchedule) or self.team.group.share(self.schedule.affords)
 
     def finish_update(self, step: int) -> None:
         """Complete the latest measurement by the optimizer step that followed it, now that it is done."""

@@ -223,7 +223,7 @@ TAGS: dict[str, Tag] = {
     ),
     "grsd_health/overhead_percent": Tag(
         "%",
-        "measuring so far over the training time without it (imports not counted)",
+        "measuring so far over the training time without it (no imports, but matplotlib's for figures during the run)",
         _from("cost", "overhead_percent"),
     ),
     "grsd_health/seconds": Tag("s", "wall-clock time of this measurement", _from("cost", "seconds")),
