@@ -203,7 +203,7 @@ class Weights(pl.Callback):
         self.at = {}
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.at.setdefault(step_axis(trainer), {k: v.clone() for k, v in pl_module.state_dict().items()})
+        self.at.setdefault(step_axis(trainer, pl_module), {k: v.clone() for k, v in pl_module.state_dict().items()})
 
 
 def run(family, precision, feature, folder, ours=()):
