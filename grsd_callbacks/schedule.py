@@ -340,8 +340,14 @@ class LogSchedule:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue; the state of another kind of schedule is left aside, and one without accounts begins them here."""
+        """Continue; the state of another kind of schedule is left aside, and one without accounts begins them here.
+
+        Without a limit now, what was planned to keep one is left aside too.
+        """
         if state.get("kind") != "log":
+            return
+        if self.max_overhead is None:
+            self._last = int(state["last"])
             return
         self._last, self._decided = int(state["last"]), bool(state["decided"])
         self.points = None if state["points"] is None else [int(p) for p in state["points"]]
