@@ -6,6 +6,7 @@ from nets import MAIN, autograd_rows, jacobian, mlp, randint, randn, relative, s
 from torch import nn
 
 from grsd_callbacks.kernel import FORWARD_PATHS, NTKOperator, synchronise
+from grsd_callbacks.spectrum import spectral_measure
 
 ZOO = zoo()
 NO_SECOND_DERIVATIVE = ("bag", "cdist")
@@ -269,3 +270,17 @@ def test_a_forced_path_that_is_wrong_is_not_silent():
     with pytest.warns(RuntimeWarning, match="not the transpose of J.T v .*use forward='auto'"):
         op @ torch.ones(2)
     assert op.adjoint_gap > 0.1
+
+
+@pytest.mark.parametrize("gram_dtype", [None, torch.float32])
+def test_a_dense_kernel_and_its_measure_on_the_device(device, gram_dtype):
+    """Sums in either dtype, eigenvalues and Lanczos where the model is."""
+    model, x, r = mlp().to(device), randn(7, 5).to(device), randn(21).to(device)
+    J = jacobian(mlp(), randn(7, 5)).to(device)
+    op = NTKOperator(model, x, gram_dtype=gram_dtype)
+    K = op.gram()
+    tolerance = 1e-12 if gram_dtype is None else 1e-6
+    assert K.device.type == device.type and K.dtype == torch.float64 and relative(K, J @ J.T) < tolerance
+    measured = spectral_measure(K, r, 21)
+    assert measured.ritz_vectors.device.type == device.type
+    assert measured.dissipation == pytest.approx(float(r @ (J @ (J.T @ r))), rel=10 * tolerance)
