@@ -61,7 +61,8 @@ def eigendecomposition(op: NTKOperator | Tensor, nu: float = 1.0) -> Eigendecomp
     dense = op if isinstance(op, Tensor) else op.gram()
     if dense.dim() != 2 or dense.shape[0] != dense.shape[1]:
         raise ValueError(f"op must be an NTKOperator or a square matrix, got shape {tuple(dense.shape)}")
-    matrix = positive("nu", nu) * dense.to(wide_dtype(dense.device))
+    matrix, scale = dense.to(wide_dtype(dense.device)), positive("nu", nu)
+    matrix = matrix if scale == 1.0 else scale * matrix  # no copy of a kernel that is scaled already
     values, vectors = torch.linalg.eigh(matrix)
     floor = RELATIVE_FLOOR.get(op.dtype, 1e-12) if isinstance(op, Tensor) else relative_floor(op, exact=True)
     floor *= float(values[-1].clamp_min(0.0))
