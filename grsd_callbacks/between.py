@@ -39,7 +39,7 @@ class BetweenSteps:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        parameters = list(module.parameters())
+        self._parameters = parameters = list(module.parameters())
         self._small = min(parameters, key=lambda p: p.numel())
         self._watched = [self._small, *parameters[:: -(-len(parameters) // MOST_WATCHED)]]
         self._versions: int | None = None
@@ -50,7 +50,7 @@ class BetweenSteps:
 
     def step_ended(self) -> None:
         """Remember the parameters as an optimizer step has left them."""
-        self._versions = self.version
+        self._versions = self._version()
         if self._alias is None or not self._is_current(self._alias):
             self._alias = self._small.detach()
             self._values = self._alias.clone()
@@ -68,12 +68,16 @@ class BetweenSteps:
         if before is None or self._usual:
             return False
         self._intervals += 1
-        if before == self.version or bool((self._values == self._small).all()):
+        if before == self._version() or bool((self._values == self._small).all()):
             return False
         self._usual = self._intervals == 1
         return not self._usual
 
     @property
-    def version(self) -> int:
+    def writes(self) -> int:
+        """How often parameters have been written to, all of them: not for every step."""
+        return sum(p._version for p in self._parameters)
+
+    def _version(self) -> int:
         """How often the watched parameters have been written to."""
         return sum([p._version for p in self._watched])  # a list: this runs twice a step

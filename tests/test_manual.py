@@ -8,8 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers import CSVLogger
+from torch import nn
 
 from grsd_callbacks import ShellDynamicsCallback
+from grsd_callbacks.between import BetweenSteps
 
 LR = 0.1
 
@@ -163,3 +165,14 @@ def test_optimizers_that_take_turns(tmp_path):
     times = [s.flow_time for s in ours.history]
     assert times == pytest.approx([0, *(LR * s for s in (shares[0], 1, 1 + shares[0], 2))], rel=1e-12)
     assert all(float(s.work.abs().sum()) > 0 for s in ours.history[:-1])
+
+
+def test_an_optimizer_of_any_one_parameter_is_seen_to_move_the_net():
+    """Also of those whose counters are not looked at at every step."""
+    net = nn.Sequential(*(nn.Linear(2, 2) for _ in range(12)))
+    watch = BetweenSteps(net)
+    for p in net.parameters():
+        before = watch.writes
+        with torch.no_grad():
+            p.add_(1.0)
+        assert watch.writes > before

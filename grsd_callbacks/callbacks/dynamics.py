@@ -234,7 +234,7 @@ class ShellDynamicsCallback(*facts.BASES):  # type: ignore[misc]
             return
         self._step_axis = facts.step_axis(trainer, pl_module)
         if self.monitor.observe(self._step_axis, lambda: step_size(facts.raw_optimizers(trainer))) is not None:
-            self._measured_at = trainer.global_step, self._between.version
+            self._measured_at = trainer.global_step, self._between.writes
 
     @charged
     def on_before_optimizer_step(self, trainer: Any, pl_module: nn.Module, optimizer: Any) -> None:
@@ -317,7 +317,7 @@ class ShellDynamicsCallback(*facts.BASES):  # type: ignore[misc]
         if module.automatic_optimization or self._measured_at is None or trainer.global_step != self._measured_at[0]:
             return False
         counted = facts.step_axis(trainer, module) > self._step_axis
-        return counted and self._group.all(self._between.version == self._measured_at[1])
+        return counted and self._group.all(self._between.writes == self._measured_at[1])
 
     def _notice_writes(self) -> None:
         """Weights loaded or averaged in place are a break in the run."""
