@@ -129,11 +129,16 @@ class Call:
         right = self._right(g)
         return right if self.active is None else right.index_select(3, self.active)
 
-    def diagonal(self, role: str, g: Tensor, samples: slice, n: int) -> Tensor:
-        """Rows of a bias or of a norm's weight, (samples, k, width)."""
+    def normalised(self, samples: slice, n: int) -> Tensor:
+        """What a norm's weight multiplies, (samples, positions of lead, *rest)."""
+        return self._normalised(self.of(samples, n))
+
+    def diagonal(self, role: str, g: Tensor, samples: slice, n: int, scaled: Tensor | None = None) -> Tensor:
+        """Rows of a bias or of a norm's weight, (samples, k, width); `scaled` saves computing `normalised` again."""
         if role == "bias":
             return self._per_channel(g)
-        scaled = self._normalised(self.of(samples, n))
+        if scaled is None:
+            scaled = self.normalised(samples, n)
         return torch.stack([self._per_channel((g[:, c] * scaled).unsqueeze(1))[:, 0] for c in range(g.shape[1])], dim=1)
 
     def rows(self, role: str, g: Tensor, samples: slice, n: int, shape: torch.Size, span: slice) -> Tensor:
@@ -227,7 +232,7 @@ class EmbeddingCall(Call):
         return g.unsqueeze(2)
 
 
-class _SpatialCall(Call):
+class SpatialCall(Call):
     """Inputs (images, channels, *space); a sample may have several images."""
 
     def __init__(self, module: Any, names: dict[str, str], x: Tensor, output: Tensor) -> None:
@@ -246,7 +251,7 @@ class _SpatialCall(Call):
         return x.mT
 
 
-class ConvCall(_SpatialCall):
+class ConvCall(SpatialCall):
     """A convolution: a Linear on patches, one per output pixel."""
 
     path = "conv"
@@ -271,7 +276,7 @@ class ConvCall(_SpatialCall):
         return self._grouped(g)
 
 
-class TransposedConvCall(_SpatialCall):
+class TransposedConvCall(SpatialCall):
     """A transposed convolution: the patches are those of the output gradient."""
 
     path = "conv_transpose"
@@ -318,7 +323,7 @@ class LayerNormCall(Call):
         return F.rms_norm(x, m.normalized_shape, None, m.eps)
 
 
-class ChannelNormCall(_SpatialCall):
+class ChannelNormCall(SpatialCall):
     """GroupNorm, InstanceNorm, and BatchNorm on its running statistics."""
 
     path = "norm"

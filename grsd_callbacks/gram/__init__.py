@@ -23,6 +23,7 @@ from grsd_callbacks.gram.checks import Reference, checked, total_tolerance
 from grsd_callbacks.gram.contraction import Accumulator
 from grsd_callbacks.gram.sweep import Irregular, Sweeper
 from grsd_callbacks.gram.terms import DiagonalTerm, FactoredTerm, LeafTerm, SharedTerm, Term, spans
+from grsd_callbacks.gram.verified import forget, remember, remembered
 from grsd_callbacks.losses import wide_dtype
 from grsd_callbacks.memory import graph_memory, is_out_of_memory
 from grsd_callbacks.notice import notice
@@ -166,6 +167,7 @@ class _Computation:
         self.wide = wide_dtype(function.device)
         self.sums = sums or self.wide
         self.n = num_samples(inputs)
+        self.recalled = False  # whether the rules were checked at an earlier call
         self.tolerance = total_tolerance(function.dtype, self.sums)
 
     def record(self) -> Record:
@@ -196,7 +198,10 @@ class _Computation:
             whole = self.record()
             return self._interacting(whole, self._check(whole)[0])
         reference, gram, why = self._structured()
-        if gram is not None and gram.check_gap <= self.tolerance:
+        if not self._complete(gram) and self.recalled:  # the model may have changed since it was checked
+            forget(self.function)
+            reference, gram, why = self._structured()
+        if gram is not None and self._complete(gram):
             return gram
         if gram is not None:
             why = f"v^T K v misses |J^T v|^2 by {gram.check_gap:.1e} (relative)"
@@ -224,9 +229,12 @@ class _Computation:
                 gram = self._assemble(self._leaf_terms(list(self.function.parameters), whole), whole, reference)
             except Irregular:
                 gram = None
-            if gram is not None and gram.check_gap <= self.tolerance:
+            if gram is not None and self._complete(gram):
                 return gram
         return self._interacting(self.record(), reference)
+
+    def _complete(self, gram: Gram | None) -> bool:
+        return gram is not None and gram.check_gap <= self.tolerance
 
     def _interacting(self, whole: Record, reference: Reference) -> Gram:
         """Explicit rows on the graph of the whole batch: one "sample" of m outputs."""
@@ -249,7 +257,12 @@ class _Computation:
         return torch.allclose(whole[half], part, rtol=100 * eps**0.5, atol=eps**0.5, equal_nan=True)
 
     def _check(self, whole: Record) -> tuple[Reference, dict[str, Any]]:
-        return checked(whole, self.function, self.memory_limit // 2)
+        known = remembered(self.function, whole)
+        reference, uses = checked(whole, self.function, self.memory_limit // 2, known)
+        self.recalled = known is not None
+        if not self.recalled:
+            remember(self.function, whole, uses)
+        return reference, uses
 
     # -- plan --------------------------------------------------------------------------------------------
 

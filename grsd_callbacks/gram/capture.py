@@ -35,12 +35,16 @@ class Record:
         calls: recorded layer calls that reach f, in order.
         uses: by parameter, its (call, role) pairs, for parameters used by recorded calls alone.
         unused: parameters that do not reach f.
+        widest: numbers in the largest gradient that a backward pass makes.
+        structure: the backward nodes' names, in a fixed order.
     """
 
     outputs: Tensor
     calls: list[Call]
     uses: Uses
     unused: set[str]
+    widest: int = 0
+    structure: tuple[str, ...] = ()
 
     def release(self) -> None:
         """Let go of the graph; inputs of the layers stay."""
@@ -75,7 +79,9 @@ def record(function: ModelFunction, inputs: Any, n: int) -> Record:
             found.setdefault(name, []).append((call, role))
     counts = {name: uses_in_graph[id(p)] for name, p in function.parameters.items()}
     uses = {name: pairs for name, pairs in found.items() if counts[name] == len(pairs)}
-    return Record(outputs, calls, uses, {name for name, count in counts.items() if count == 0})
+    widest = max(math.prod(_shape(node) or (0,)) for node in parents)
+    unused = {name for name, count in counts.items() if count == 0}
+    return Record(outputs, calls, uses, unused, widest, tuple(node.name() for node in parents))
 
 
 @contextmanager

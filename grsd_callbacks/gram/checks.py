@@ -59,15 +59,19 @@ def random_like(x: Tensor, seed: int) -> Tensor:
     return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype).to(x.device)
 
 
-def checked(record: Record, function: ModelFunction, memory_limit: int) -> tuple[Reference, Uses]:
+def checked(
+    record: Record, function: ModelFunction, memory_limit: int, known: Uses | None = None
+) -> tuple[Reference, Uses]:
     """J^T v, and the uses that pass both checks (layouts and active positions of their calls now settled).
 
-    Cost: two backward passes for every `memory_limit` bytes of gradients at the layers' outputs.
+    Cost: two backward passes for every `memory_limit` bytes of gradients at the layers' outputs; one if the uses are
+        `known` (layouts settled).
     """
     v = random_like(record.outputs, 0)
     names = [name for name in function.parameters if name not in record.unused]
     leaves = [function.parameters[name] for name in names]
-    calls = list({call: None for pairs in record.uses.values() for call, _ in pairs if call.unchanged})
+    pairs_of = record.uses if known is None else known
+    calls = list({call: None for pairs in pairs_of.values() for call, _ in pairs if call.unchanged})
     itemsize = v.element_size()
     gradients: dict[str, Tensor] = {}
     shares: dict[tuple[Call, str], tuple[Tensor, float]] = {}
@@ -76,15 +80,17 @@ def checked(record: Record, function: ModelFunction, memory_limit: int) -> tuple
         edges: list[Any] = [call.output_edge for call in group]
         pulled = torch.autograd.grad(record.outputs, [*edges, *wanted], v, retain_graph=True, allow_unused=True)
         gradients.update({name: _dense(g, p) for name, g, p in zip(names, pulled[len(edges) :], wanted)})
-        for call, g in _separate(record, v, group, pulled):
-            for role, name in call.names.items():
+        split = _separate(record, v, group, pulled) if known is None else _split(group, pulled, len(v))
+        for call, g in split:
+            for role, name in call.names.items() if known is None else ():
                 shape = function.parameters[name].shape
                 shares[call, role] = _pulled(call, role, g, len(v), shape, memory_limit // (4 * itemsize))
             _find_active(call, g)
         del pulled
     norm_sq = sum(float(g.to(wide_dtype(g.device)).square().sum()) for g in gradients.values())
-    uses = {name: pairs for name, pairs in record.uses.items() if _rule_holds(pairs, shares, gradients[name])}
-    return Reference(v, gradients, norm_sq), uses
+    if known is None:
+        known = {name: pairs for name, pairs in record.uses.items() if _rule_holds(pairs, shares, gradients[name])}
+    return Reference(v, gradients, norm_sq), known
 
 
 def _groups(calls: list[Call], most: int) -> list[list[Call]]:
@@ -130,6 +136,13 @@ def _separate(
             if error <= RULE_TOLERANCE[v.dtype] * expected.norm():
                 yield call, found
                 break
+
+
+def _split(calls: list[Call], plain: Sequence[Tensor | None], n: int) -> Iterator[tuple[Call, Tensor]]:
+    """Calls of known layout with their gradients, split by sample."""
+    for call, g in zip(calls, plain):
+        if g is not None:
+            yield call, call.split(g.unsqueeze(0), n)
 
 
 def _rule_holds(

@@ -52,6 +52,7 @@ class Term:
         calls, leaves: whose gradients it needs.
         kept: numbers kept per row of J.   operations: multiplications of the whole term.
         multiplies: whether `take` multiplies with the forward's factor.
+        streams: whether it takes single columns as well as many, so that nothing need be held for it.
     """
 
     names: list[str]
@@ -61,6 +62,7 @@ class Term:
     kept: int
     operations: float
     multiplies = False
+    streams = False
 
     def take(self, samples: slice, columns: slice, g: dict[Call, Tensor], leaves: dict[str, Tensor]) -> None:
         """Keep what is needed from the gradients of some samples and output columns."""
@@ -153,20 +155,32 @@ class FactoredTerm(Term):
 class DiagonalTerm(Term):
     """Biases and norms' weights: one number per channel, summed over all uses."""
 
+    streams = True
+
     def __init__(self, uses: list[tuple[Call, str]], name: str, n: int, width: int, numel: int) -> None:
         self.uses, self.names, self.calls, self.leaves = uses, [name], [call for call, _ in uses], []
         self.n, self.kept = n, numel
         self.path = "bias" if uses[0][1] == "bias" else uses[0][0].path
         self.operations = triangle(n, width) * (n * width) ** 2 * numel
         self._store = _Store(n, width)
+        self._scales: tuple[slice, list[Tensor | None]] | None = None
 
     def take(self, samples: slice, columns: slice, g: dict[Call, Tensor], leaves: dict[str, Tensor]) -> None:
         """The rows themselves."""
-        rows = [call.diagonal(role, g[call], samples, self.n) for call, role in self.uses]
+        scales = self._scales_of(samples)
+        rows = [call.diagonal(role, g[call], samples, self.n, x) for (call, role), x in zip(self.uses, scales)]
         self._store.put(samples, columns, rows[0] if len(rows) == 1 else torch.stack(rows).sum(0))
+
+    def _scales_of(self, samples: slice) -> list[Tensor | None]:
+        """What the weights multiply, kept from column to column."""
+        if self._scales is None or self._scales[0] != samples:
+            found = [None if role == "bias" else call.normalised(samples, self.n) for call, role in self.uses]
+            self._scales = samples, found
+        return self._scales[1]
 
     def contract(self, total: Accumulator) -> None:
         """Rows times rows."""
+        self._scales = None
         total.rows(self._store.pop())
 
 
