@@ -98,14 +98,13 @@ class ChunkedProducts:
 
     def _pulled(self, v: Tensor, *, batched: bool = False) -> list[Tensor | None]:
         """J^T v in the parameters' shapes; None is zero."""
-        total: list[Tensor | None] = [None] * len(self.function.parameters)
+        total = _Sum(len(self.function.parameters))
         for index, part in zip(self._chunks(), self._split(v), strict=True):
             products = self._products(index)
-            kept = index.start in self._kept and self.plan.path == "double_backward"
-            pulled = products.vjp(part, batched=batched, differentiable=kept)
-            total = [_plus(a, b) for a, b in zip(total, pulled, strict=True)]
+            again = index.start in self._kept and self._path_of(index) == "double_backward"
+            total.add(products.vjp(part, batched=batched, differentiable=again))
         self.num_products += 0.5 * (len(v) if batched else 1)
-        return total
+        return total.parts
 
     def _filled(self, tensors: list[Tensor | None], *lead: int) -> list[Tensor]:
         """One tensor per parameter, dense and without a graph, zeros for None."""
@@ -114,7 +113,7 @@ class ChunkedProducts:
 
     def _pushed(self, tangents: list[Tensor]) -> Tensor:
         """J w, w in the parameters' shapes."""
-        parts = [self._products(index).jvp(self.plan.path, tangents) for index in self._chunks()]
+        parts = [self._products(index).jvp(self._path_of(index), tangents) for index in self._chunks()]
         self.num_products += 0.5
         return torch.cat(parts, dim=-1)
 
@@ -186,6 +185,10 @@ class ChunkedProducts:
             self._kept[index.start] = products
         return products
 
+    def _path_of(self, index: slice) -> str:
+        """The path of J w on a chunk, once its products are made."""
+        return (self.plan.kept_path if index.start in self._kept else "") or self.plan.path
+
     def _surviving(self, function: Callable[[], Tensor]) -> Tensor:
         """Run it; where memory runs out, with chunks of half the size, as often as needed."""
         while True:
@@ -206,5 +209,19 @@ class ChunkedProducts:
             torch.cuda.empty_cache()
 
 
-def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b
+class _Sum:
+    """A sum of vectors by parts, None for zero parts; what was given is left alone."""
+
+    def __init__(self, size: int) -> None:
+        self.parts: list[Tensor | None] = [None] * size
+        self._own = [False] * size
+
+    def add(self, given: list[Tensor | None]) -> None:
+        """Add a vector."""
+        for i, (mine, theirs) in enumerate(zip(self.parts, given, strict=True)):
+            if mine is None or theirs is None:
+                self.parts[i] = theirs if mine is None else mine
+            elif self._own[i]:
+                mine.add_(theirs)
+            else:
+                self.parts[i], self._own[i] = mine + theirs, True

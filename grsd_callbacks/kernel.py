@@ -4,7 +4,7 @@
     NTKOperator is J J^T, shape (m, m), m = n C. The kernel of THEORY is M = nu J J^T; nu belongs to the loss.
 
 J^T v is one backward pass over a retained graph. J w is, in this order of preference, whichever is right
-(checked by v . M v = |J^T v|^2 on a few samples) and fast: double backward over the same graph, `torch.func.jvp`,
+(checked by v . M v = |J^T v|^2 on a few samples) and fast: double backward over the same graph, forward mode,
 central differences. Where the graphs of all samples do not fit into the memory bound, they are built in chunks.
 """
 

@@ -1,7 +1,7 @@
 """J^T v and J w of a model on some samples, from a graph that is kept: the ways there are.
 
 double_backward   J w = d/dz (w . J^T z), the exact transpose of the backward pass in use
-forward           `torch.func.jvp`, a forward pass with tangents
+forward           dual numbers (`torch.autograd.forward_ad`), a forward pass with tangents
 central           (f(theta + h w) - f(theta - h w)) / 2h, where neither works
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from grsd_callbacks.functional import ModelFunction
 from grsd_callbacks.lean import lean_derivatives
@@ -115,15 +116,14 @@ class Products:
         return product
 
     def _forward(self, tangents: Sequence[Tensor]) -> Tensor:
-        names = list(self.function.parameters)
-
-        def f(*values: Tensor) -> Tensor:
-            return self.function.outputs(self.inputs, dict(zip(names, values, strict=True)))
-
-        primals = tuple(p.detach() for p in self._leaves)
-        with warnings.catch_warnings():  # torch's first forward-mode call warns of its own use of torch.jit
-            warnings.simplefilter("ignore", DeprecationWarning)
-            return torch.func.jvp(f, primals, tuple(tangents))[1]
+        named = self.function.parameters.items()
+        with warnings.catch_warnings(), forward_ad.dual_level():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch's first call warns of its own use of torch.jit
+            pairs = zip(named, tangents, strict=True)
+            duals = {name: forward_ad.make_dual(p.detach(), w) for (name, p), w in pairs}
+            outputs = self.function.outputs(self.inputs, duals)
+            tangent = forward_ad.unpack_dual(outputs).tangent
+        return torch.zeros_like(outputs) if tangent is None else tangent
 
     def _central(self, tangents: Sequence[Tensor]) -> Tensor:
         """On float64 copies where the model runs in float64."""

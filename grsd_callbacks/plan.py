@@ -48,6 +48,7 @@ class ProductPlan:
 
     Attributes:
         path: for J w, one of `FORWARD_PATHS`; empty while it is not chosen.
+        kept_path: for J w on chunks whose graphs are kept while others are built again; empty: `path`.
         lean: graphs carry `lean_derivatives`; None while it is not known whether they may.
         chunk_size: samples per graph; 0 while it is not known.
         sample_bytes: what the graphs of one sample hold, J w by double backward included.
@@ -57,6 +58,7 @@ class ProductPlan:
     """
 
     path: str = ""
+    kept_path: str = ""
     lean: bool | None = None
     chunk_size: int = 0
     sample_bytes: float = 0.0
@@ -149,7 +151,11 @@ class Trial:
         if best is None:
             reasons = "; ".join(f"{path}: {why}" for path, why in refused.items())
             raise RuntimeError(f"no way to compute J w for this model ({reasons}); use method='exact'")
-        return replace(plan, path=best[1], gap=best[2], refused=refused)
+        kept = ""
+        if rebuilt and best[1] != "double_backward" and "double_backward" not in refused:
+            if self._attempt("double_backward", w, False, math.inf)[0] < best[0]:
+                kept = "double_backward"
+        return replace(plan, path=best[1], kept_path=kept, gap=best[2], refused=refused)
 
     def gap(self, path: str, lean: bool) -> float:
         """Relative gap |v.Mv - |J^T v|^2| / |J^T v|^2 of one path; a path that cannot work raises here."""

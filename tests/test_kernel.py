@@ -1,11 +1,15 @@
 """The operator J J^T against dense Jacobians made by other machinery: jacrev, and plain autograd row by row."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from nets import MAIN, autograd_rows, jacobian, mlp, randint, randn, relative, seeded, zoo
 from torch import nn
 
+from grsd_callbacks.chunks import _Sum
 from grsd_callbacks.kernel import FORWARD_PATHS, NTKOperator, synchronise
+from grsd_callbacks.plan import Trial
 from grsd_callbacks.spectrum import spectral_measure
 
 ZOO = zoo()
@@ -284,3 +288,48 @@ def test_a_dense_kernel_and_its_measure_on_the_device(device, gram_dtype):
     measured = spectral_measure(K, r, 21)
     assert measured.ritz_vectors.device.type == device.type
     assert measured.dissipation == pytest.approx(float(r @ (J @ (J.T @ r))), rel=10 * tolerance)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.2])
+@pytest.mark.parametrize("path", ["forward", "central"])
+def test_kept_graphs_may_take_another_path_than_rebuilt_ones(path, share):
+    make, inputs = MAIN["mlp"]
+    model, x = make(), inputs()
+    whole = NTKOperator(model, x)
+    whole.choose_forward()
+    limit = int(share * len(x) * whole.plan.sample_bytes)
+    op = NTKOperator(model, x, memory_limit=max(limit, 4 * int(whole.plan.sample_bytes)))
+    op.choose_forward()
+    op.adopt(replace(op.plan, path=path, kept_path="double_backward"))
+    products_agree(op, jacobian(model, x), 1e-10 if path == "forward" else 1e-8)
+    assert 0 < len(op._kept) < len(op._chunks())
+    taken = {op._path_of(index) for index in op._chunks()}
+    assert taken == {path, "double_backward"}
+
+
+def test_the_trial_finds_a_path_for_kept_graphs(monkeypatch):
+    make, inputs = MAIN["mlp"]
+    model, x = make(), inputs()
+    costs = {("double_backward", True): 3.0, ("forward", True): 2.0, ("double_backward", False): 1.0}
+    right = Trial._attempt
+    monkeypatch.setattr(
+        Trial, "_attempt", lambda s, path, w, rebuilt, good: (costs[path, rebuilt], right(s, path, w, rebuilt, good)[1])
+    )
+    op = NTKOperator(model, x, memory_limit=1)
+    op.choose_forward()
+    assert (op.plan.path, op.plan.kept_path) == ("forward", "double_backward")
+    costs["double_backward", False] = 2.5
+    op = NTKOperator(model, x, memory_limit=1)
+    op.choose_forward()
+    assert (op.plan.path, op.plan.kept_path) == ("forward", "")
+
+
+def test_sums_over_chunks_leave_what_was_given_alone():
+    """Autograd may return one tensor for two parameters."""
+    shared = torch.ones(3)
+    total = _Sum(2)
+    for _ in range(3):
+        total.add([shared, shared])
+    total.add([None, shared])
+    assert torch.equal(shared, torch.ones(3))
+    assert total.parts[0].tolist() == [3.0] * 3 and total.parts[1].tolist() == [4.0] * 3

@@ -45,7 +45,10 @@ def prepare(spec: dict[str, Any]) -> worker.Run:
 
 def memory_limit(op: NTKOperator, share: float | None) -> int | None:
     """Bytes for a share of the graphs of all samples."""
-    return None if share is None else int(share * op.chunk_size * op.plan.sample_bytes)
+    if share is None:
+        return None
+    op.choose_forward(timed=False)  # finds what a sample's graphs hold
+    return int(share * op.num_samples * op.plan.sample_bytes)
 
 
 if __name__ == "__main__":
