@@ -256,13 +256,14 @@ class Run:
                 self.velocity_checked = True
                 health["velocity_gap"] = _velocity_gap(op, velocity, dense)
             moved = state.vectors.T @ dense.to(state.vectors) @ state.vectors
+            del dense  # m^2 numbers
         else:
             reasons["kink_gap"] = "only measured with all eigenvectors of the kernel"
             moved = kernel_velocity(op, velocity, state.vectors)
         g = state.vectors.T @ state.residual.to(state.vectors)
         held = float(g @ g) / max(float(state.residual @ state.residual), 1e-300)
         found = shell_transfer(
-            state.eigenvalues, g, pending.nu * moved, snapshot.grid, width=snapshot.grid.width / 2, coverage=held
+            state.eigenvalues, g, moved.mul_(pending.nu), snapshot.grid, width=snapshot.grid.width / 2, coverage=held
         )
         return replace(
             snapshot,
