@@ -8,6 +8,7 @@ A rank computes on n / R samples of the probe. Sent in one measurement, P parame
     M v       message, sum of J_r^T v_r on all ranks, sum of the rows on rank zero    8 (m + 2) + s (P + 1) + s (m + 1)
     kernel    message, sum of the parts on rank zero                                  8 (m + 2) + 8 m^2
     work      one J w, after the optimizer step; it and the measurement each end with a message
+    default   rank zero's decision whether a measurement is made, and an agreement on what it has drawn: flags
 
 `tests/test_distributed.py` counts what two ranks really send against this. A broadcast or a sum to rank zero takes its
 bytes through every link once, a sum on all ranks 2 (R - 1) / R times; each collective adds ceil(log2 R) latencies. Not
@@ -28,10 +29,12 @@ from pathlib import Path
 
 RANKS = (1, 2, 8, 64, 1024)
 PARAMETERS = (10**6, 10**7, 10**8, 10**9, 10**10, 10**11)
-METHODS = ("exact", "krylov", "randomized")
+METHODS = ("exact", "lanczos", "krylov", "randomized")
 #: collectives of a session: agreements (one of them on the run being unbroken), copies or the step's change, stop, the
-#: snapshot for all (the default schedule's decision adds three to a measurement)
+#: snapshot for all
 SESSION = 9
+#: of the default schedule's decision (agreement, its size, itself), and of figures drawn during the run (agreement)
+DECISION, DRAWING = 3, 1
 #: and of an exact kernel: message, agreement, plans, sum
 KERNEL = 6
 
@@ -67,7 +70,16 @@ class Traffic:
 
 
 def traffic(
-    method: str, parameters: int, rows: int, products: int, *, density: int = 0, itemsize: int = 4, work: bool = True
+    method: str,
+    parameters: int,
+    rows: int,
+    products: int,
+    *,
+    density: int = 0,
+    itemsize: int = 4,
+    work: bool = True,
+    schedule: bool = True,
+    figures: bool = True,
 ) -> Traffic:
     """What a measurement sends and holds.
 
@@ -77,6 +89,8 @@ def traffic(
         products: `num_matvecs`;  density: `num_density_matvecs` (krylov).
         itemsize: bytes a number of the products.
         work: also the work of the step that follows.
+        schedule: when to measure is decided by the default schedule (not `every_n_steps`).
+        figures: figures are drawn during the run (`figures_every_n_steps` is not None).
 
     Example:
         >>> traffic("exact", 10**6, 320, 0).payload / 1e6  # 8 MB: copies and the step's w; 0.8 MB: the kernel
@@ -85,7 +99,8 @@ def traffic(
     P, m, s = parameters, rows, itemsize
     message, pull, push, spread = 8 * (m + 2), s * (P + 1), s * P, s * (m + 1)
     sessions = 2 if work else 1
-    to_zero, on_all, collectives = float(s * P + sessions * message), 0.0, sessions * SESSION
+    to_zero, on_all = float(s * P + sessions * message), 0.0
+    collectives = sessions * SESSION + DECISION * schedule + DRAWING * figures
     vjps, jvps, both = _products(method, products, density)
     jvps += work
     to_zero += vjps * (message + pull) + jvps * (message + push + spread) + both * (message + spread)

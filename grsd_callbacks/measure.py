@@ -58,6 +58,11 @@ class Instant:
     cost: dict[str, float] = field(default_factory=dict)
     paths: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def all_eigenvalues(self) -> Tensor | None:
+        """Of M, descending (exact, lanczos); None where they are not all known."""
+        return self.eigenvalues if self.weights is None else None
+
 
 @checked
 def measure(
@@ -196,6 +201,8 @@ def _target_alignment(op: NTKOperator, instant: Instant, y: Tensor | None) -> fl
         norm = float(instant.state.eigenvalues.norm())
     else:
         quadratic = instant.nu * float(op.vjp(y).to(y).square().sum())
-        norm = math.sqrt(y.numel()) * float(instant.images[:, 0].norm())  # E |M z|^2 = |M|_F^2 / m
+        known = instant.all_eigenvalues
+        estimate = math.sqrt(y.numel()) * float(instant.images[:, 0].norm())  # E |M z|^2 = |M|_F^2 / m
+        norm = estimate if known is None else float(known.norm())
     size = norm * float(y @ y)
     return quadratic / size if size > 0 else math.nan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 
 #: bytes of retained graphs that products may hold by default, beside O(P + m) numbers per vector
 GRAPH_MEMORY = 2**30
+#: numbers of a matrix that are worked on at a time where copies of the whole are to be avoided
+BLOCK = 2**18
 
 
 def graph_memory(device: torch.device) -> int:
@@ -17,6 +19,12 @@ def graph_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return GRAPH_MEMORY
     return max(GRAPH_MEMORY, torch.cuda.mem_get_info(device)[0] // 4)
+
+
+def row_blocks(num_rows: int, num_columns: int) -> Iterator[slice]:
+    """Rows of a matrix in turn, about `BLOCK` numbers at a time."""
+    height = max(1, BLOCK // max(num_columns, 1))
+    return (slice(start, min(start + height, num_rows)) for start in range(0, num_rows, height))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -24,10 +24,12 @@ MAX_LANCZOS = {"cpu": 4096, "cuda": 16384}
 PREFERENCE, LANCZOS_PREFERENCE = 3.0, 1.5
 #: multiplications of a symmetric eigenproblem with vectors, in units of m^3
 EIGEN_OPERATIONS = 9.0
-#: eigenvectors and work space, in units of m^2 bytes
-EIGEN_BYTES = 16
-#: of one without vectors, and of a product of a dense matrix with a vector in units of m^2: that one waits for memory
-EIGENVALUE_OPERATIONS, DENSE_PRODUCT = 2.5, 11.0
+#: bytes beside the kernel itself at the peak of a measurement, in units of m^2: the first basis and its kernel, the
+#: last basis, and eigenvectors with twice their size of work space (with `transfer=True` as many kernels near by)
+EIGEN_BYTES = 48
+#: of one without vectors: the kernel once more; operations; and those of a product of a dense matrix with a vector in
+#: units of m^2, which waits for memory
+EIGENVALUE_BYTES, EIGENVALUE_OPERATIONS, DENSE_PRODUCT = 8, 2.5, 11.0
 #: one kernel product, in backward passes
 PRODUCT = 2.2
 
@@ -66,7 +68,8 @@ def choose_by_cost(op: NTKOperator, num_products: int, memory_limit: int | None 
         op: the operator on the probe.
         num_products: kernel products that the matrix-free way would spend.
         memory_limit: bytes of temporaries that the exact kernel would be given; as much again may be held beside
-            them (matrix, eigenvectors, graph of the probe). None takes the operator's own bounds.
+            them (matrix, eigenvectors of this and of earlier measurements, graph of the probe). None takes the
+            operator's own bounds.
 
     Cost: a trial of the products and a recorded forward, four backward passes and one small matrix product, timed once.
     """
@@ -76,12 +79,13 @@ def choose_by_cost(op: NTKOperator, num_products: int, memory_limit: int | None 
         return MethodChoice("krylov", f"m = {m} is above {largest}, the most for an exact kernel on this device")
     temporaries = memory_limit or op.gram_memory
     bound = 2 * temporaries if memory_limit else temporaries + op.memory_limit
-    if EIGEN_BYTES * m**2 > bound:
-        return MethodChoice("krylov", f"an exact kernel's eigenvectors take {_megabytes(EIGEN_BYTES * m**2, bound)}")
+    least = (8 + EIGENVALUE_BYTES) * m**2
+    if least > bound:
+        return MethodChoice("krylov", f"an exact kernel and its eigenvalues take {_megabytes(least, bound)}")
     estimate = gram_operations(op.function, op.inputs, memory_limit=temporaries, sums=op.gram_dtype)
-    held = estimate.peak_bytes + EIGEN_BYTES * m**2
-    if held > bound:
-        return MethodChoice("krylov", f"an exact kernel takes {_megabytes(held, bound)}")
+    least, held = (estimate.peak_bytes + size * m**2 for size in (EIGENVALUE_BYTES, EIGEN_BYTES))
+    if least > bound:
+        return MethodChoice("krylov", f"an exact kernel takes {_megabytes(least, bound)}")
     rate = _multiplications_per_second(op)
     kernel = estimate.operations / rate
     if any(path.startswith("rows") for path in estimate.paths.values()):
@@ -90,11 +94,12 @@ def choose_by_cost(op: NTKOperator, num_products: int, memory_limit: int | None 
     lanczos = kernel + (EIGENVALUE_OPERATIONS * m**3 + DENSE_PRODUCT * num_products * m**2) / rate
     krylov = PRODUCT * _backward_seconds(op) * num_products
     op.release()
-    fits = m <= MAX_EXACT.get(device, MAX_EXACT["cpu"])
+    fits = m <= MAX_EXACT.get(device, MAX_EXACT["cpu"]) and held <= bound
     affordable = {"exact": fits and exact <= PREFERENCE * krylov, "lanczos": lanczos <= LANCZOS_PREFERENCE * krylov}
     method = next((name for name, is_affordable in affordable.items() if is_affordable), "krylov")
+    memory = f"{held / 1e6:.0f} MB" if held <= bound else _megabytes(held, bound)
     reason = (
-        f"about {exact:.2g} s and {held / 1e6:.0f} MB exact, {lanczos:.2g} s without eigenvectors, {krylov:.2g} s by "
+        f"about {exact:.2g} s and {memory} exact, {lanczos:.2g} s without eigenvectors, {krylov:.2g} s by "
         f"{num_products} products, measured on this machine"
     )
     return MethodChoice(method, reason, exact, lanczos, krylov, estimate.peak_bytes, estimate.paths)

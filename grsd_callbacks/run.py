@@ -107,8 +107,7 @@ class Run:
         self.trajectory.append(self.flow_time, instant.loss, frozen_energy, frozen_coverage)
         flux = self._flux(instant)
         self._add_velocity(instant)
-        eigenvalues = instant.eigenvalues if instant.weights is None else None
-        fits = exponents_at(self.trajectory, eigenvalues, budget, floor=instant.summary["floor"])
+        fits = exponents_at(self.trajectory, instant.all_eigenvalues, budget, floor=instant.summary["floor"])
         nan = torch.full((grid.num_shells,), math.nan, dtype=torch.float64)
         snapshot = Snapshot(
             step=step,
@@ -134,13 +133,16 @@ class Run:
     def _start(self, instant: Instant, frozen_energy: Tensor) -> None:
         """Keep of the first measurement what exponents need."""
         if self.trajectory.frozen is None:
-            state = instant.state
+            state, known = instant.state, instant.all_eigenvalues
+            if known is None and state.is_complete:  # by as many products as there are outputs
+                known = state.eigenvalues
             self.trajectory.frozen = frozen_start(
                 instant.budget,
                 frozen_energy,
                 state.eigenvalues,
                 (state.vectors.T @ state.residual.to(state.vectors)) ** 2,
-                exact=state.is_complete,
+                eigenvalues=known,
+                complete=state.is_complete,
                 floor=instant.summary["floor"],
             )
 
@@ -170,9 +172,8 @@ class Run:
             summary.update(estimated_comparison(instant.images, self.frozen_images))
         elif self.frozen is not None:
             summary.update(kernel_comparison(instant.state, self.frozen))
-        exact = instant.eigenvalues if instant.weights is None else None
-        mean = summary["trace"] / instant.state.residual.numel()
-        position = spectral_position(summary["mean_eigenvalue"], summary["lambda_max"], mean, instant.budget, exact)
+        mean, known = summary["trace"] / instant.state.residual.numel(), instant.all_eigenvalues
+        position = spectral_position(summary["mean_eigenvalue"], summary["lambda_max"], mean, instant.budget, known)
         before = self.history[-1].summary if self.history else {}
         summary["resolved_modes"] = self.trajectory.resolved_modes
         return {**summary, **position, **spectral_reach(position, before)}
@@ -255,13 +256,14 @@ class Run:
                 self.velocity_checked = True
                 health["velocity_gap"] = _velocity_gap(op, velocity, dense)
             moved = state.vectors.T @ dense.to(state.vectors) @ state.vectors
+            del dense  # m^2 numbers
         else:
             reasons["kink_gap"] = "only measured with all eigenvectors of the kernel"
             moved = kernel_velocity(op, velocity, state.vectors)
         g = state.vectors.T @ state.residual.to(state.vectors)
         held = float(g @ g) / max(float(state.residual @ state.residual), 1e-300)
         found = shell_transfer(
-            state.eigenvalues, g, pending.nu * moved, snapshot.grid, width=snapshot.grid.width / 2, coverage=held
+            state.eigenvalues, g, moved.mul_(pending.nu), snapshot.grid, width=snapshot.grid.width / 2, coverage=held
         )
         return replace(
             snapshot,
@@ -282,8 +284,8 @@ class Run:
         last = self.history[-1]
         fits = {"q": self.trajectory.frozen.source, **self.trajectory.fits()}
         if last.weights is None:
-            shells, floor = (last.edges, last.counts, last.resolved), last.summary.get("floor", 0.0)
-            fits.update(spectrum_fits(last.eigenvalues, *shells, floor=floor, compare=True))
+            floor = last.summary.get("floor", 0.0)
+            fits.update(spectrum_fits(last.eigenvalues, last.grid, last.counts, floor=floor, compare=True))
         learned = self.compression(fits)
         return fits if learned is None else {**fits, "pi_c": learned.pi_c}
 

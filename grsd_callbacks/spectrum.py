@@ -156,7 +156,8 @@ def spectral_measure(op: NTKOperator | Tensor, start: Tensor, num_matvecs: int, 
         raise ValueError(f"start must have shape ({op.shape[0]},), got {tuple(start.shape)}")
     root = math.sqrt(positive("nu", nu))
     if isinstance(op, Tensor):
-        return SpectralMeasure(lanczos(nu * op.to(wide_dtype(op.device)), start, num_matvecs))
+        matrix = op.to(wide_dtype(op.device))
+        return SpectralMeasure(lanczos(matrix if nu == 1.0 else nu * matrix, start, num_matvecs))
     return SpectralMeasure(
         op.run(lambda: golub_kahan(lambda w: root * op.jvp(w), lambda u: root * op.vjp(u), start, num_matvecs))
     )

@@ -36,7 +36,7 @@ from grsd_callbacks.exponents import (
     velocity_exponents,
 )
 from grsd_callbacks.exponents.records import negated, refused_fit
-from grsd_callbacks.shells import ShellBudget
+from grsd_callbacks.shells import ShellBudget, ShellGrid
 
 #: share of |r|^2 that the frozen basis must hold for its energy median to be a frontier
 LEAST_COVERAGE = 0.9
@@ -93,7 +93,14 @@ class Frozen:
 
 
 def frozen_start(
-    budget: ShellBudget, energy: Tensor, nodes: Tensor, weights: Tensor, *, exact: bool, floor: float
+    budget: ShellBudget,
+    energy: Tensor,
+    nodes: Tensor,
+    weights: Tensor,
+    *,
+    eigenvalues: Tensor | None,
+    complete: bool,
+    floor: float,
 ) -> Frozen:
     """The first measurement as later ones need it.
 
@@ -101,21 +108,23 @@ def frozen_start(
         budget: its shells.
         energy: its shell energies in the frozen basis.
         nodes, weights: eigenvalues (or Gauss nodes) and squared coefficients of the residual, any order.
-        exact: whether the nodes are all eigenvalues of M.
+        eigenvalues: all of M, any order, or None where they are not known.
+        complete: whether the nodes are those of a whole eigenbasis, without which no energy is added for a tail.
         floor: eigenvalues below it are rounding.
     """
     edges = budget.grid.edges.numpy()
-    values = nodes.double().cpu().numpy()
-    known = values[values > floor] if exact else values[:0]
+    values = np.zeros(0) if eigenvalues is None else eigenvalues.double().cpu().numpy()
+    known = values[values > floor]
     smallest = float(known.min()) if known.size else math.nan
     source = source_fit(budget, smallest, compare=True)
     null = float(budget.energy[0]) / max(float(budget.energy.sum()), 1e-300)
     tail = Estimate(math.nan, math.nan, math.nan)
-    if exact and math.isfinite(smallest) and null < LEAST_NULL_SPACE and source.verdict in ("power_law", "undecided"):
+    has_law = source.verdict in ("power_law", "undecided")
+    if complete and has_law and math.isfinite(smallest) and null < LEAST_NULL_SPACE:
         tail = energy_tail(source, budget.grid.width, smallest)
-    labels = shell_labels(edges, values, weights.double().cpu().numpy().clip(0.0))
-    capacity = fit_spectrum(_above(values, floor) if exact else values[:0])
-    return Frozen(edges, energy.numpy(), labels, source, capacity, values if exact else values[:0], smallest, tail)
+    labels = shell_labels(edges, nodes.double().cpu().numpy(), weights.double().cpu().numpy().clip(0.0))
+    capacity = fit_spectrum(_above(values, floor))
+    return Frozen(edges, energy.numpy(), labels, source, capacity, values, smallest, tail)
 
 
 def source_fit(
@@ -320,23 +329,21 @@ def exponents_at(
     smallest = float(known.min()) if known is not None and known.size else math.nan
     fits = {"q": source_fit(budget, smallest, trajectory.flow_time[-1], compare=compare), **trajectory.fits(compare)}
     if eigenvalues is not None:
-        shells = budget.grid.edges, budget.counts, budget.resolved
-        fits.update(spectrum_fits(eigenvalues, *shells, floor=floor, compare=compare))
+        fits.update(spectrum_fits(eigenvalues, budget.grid, budget.counts, floor=floor, compare=compare))
     return fits
 
 
 def spectrum_fits(
-    eigenvalues: Tensor, edges: Tensor, counts: Tensor, resolved: Tensor, *, floor: float, compare: bool
+    eigenvalues: Tensor, grid: ShellGrid, counts: Tensor, *, floor: float, compare: bool
 ) -> dict[str, PowerLawFit]:
     """a by rank, and n of the counts per shell over the same eigenvalues (rank below m/5, and above the floor)."""
     values = np.sort(eigenvalues.numpy())[::-1]
     last = values[max(math.ceil(len(values) / 5) - 2, 0)]
-    whole = np.append(0.0, edges.numpy()) >= last
+    edges, above = grid.edges.numpy(), grid.above(floor).numpy()
+    whole = np.append(0.0, edges) >= last
     return {
         "a": fit_spectrum(_above(values, floor), compare=compare),
-        "count": fit_counts(
-            edges.numpy(), counts.numpy(), whole & resolved.numpy(), min_modes=2, min_points=4, compare=compare
-        ),
+        "count": fit_counts(edges, counts.numpy(), whole & above, min_modes=2, min_points=4, compare=compare),
     }
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from grsd_callbacks.gram import exact_gram
 from grsd_callbacks.kernel import NTKOperator
+from grsd_callbacks.memory import row_blocks
 from grsd_callbacks.shells import ShellGrid
 
 VELOCITY_METHODS = ("double_backward", "central")
@@ -87,7 +88,7 @@ def shell_transfer(
     Raises:
         ValueError: shapes that do not fit.
 
-    Cost: k^2 (num_shells + num_edges) multiplications.
+    Cost: k^2 (num_shells + num_edges) multiplications; no copies of the velocity.
 
     Accuracy: exact for the given velocity. Pairs closer than `DEGENERATE` use the limit of the divided difference and
         count as drift: rotation within an eigenspace has no meaning, and so nothing depends on the basis chosen in it.
@@ -110,14 +111,17 @@ def shell_transfer(
             f"and {tuple(velocity.shape)}"
         )
     lam, g = eigenvalues.to("cpu", torch.float64), coefficients.to("cpu", torch.float64)
-    couplings = velocity.to("cpu", torch.float64) * g[:, None] * g[None, :]
     windows = grid.windows(lam, width)
-    flux = torch.stack([_edge_flux(lam, couplings, math.log(e), width) for e in grid.edges.tolist()])
-    drift = flux[:, 1] if width is not None else torch.full_like(flux[:, 1], math.nan)
+    flux = torch.zeros(grid.num_shells - 1, 2, dtype=torch.float64)
+    moved = torch.zeros(grid.num_shells, grid.num_shells, dtype=torch.float64)
+    for rows in row_blocks(k, k):
+        couplings = velocity[rows].to("cpu", torch.float64) * g[rows, None] * g[None, :]
+        flux += torch.stack([_edge_flux(lam, couplings, math.log(e), width, rows) for e in grid.edges.tolist()])
+        moved += _rotated(lam, couplings, windows, rows)
     return ShellTransfer(
-        transfer=_transfer_matrix(lam, couplings, windows),
+        transfer=(moved - moved.T) / 2,
         rotation_flux=flux[:, 0],
-        drift_flux=drift,
+        drift_flux=flux[:, 1] if width is not None else torch.full_like(flux[:, 1], math.nan),
         energy=windows @ (0.5 * g**2),
         dissipation=windows @ (lam * g**2),
         width=math.nan if width is None else width,
@@ -125,44 +129,43 @@ def shell_transfer(
     )
 
 
-def _edge_flux(lam: Tensor, couplings: Tensor, log_edge: float, width: float | None) -> Tensor:
-    """(rotation, drift) through one edge."""
-    terms = 0.5 * _divided_difference(lam, log_edge, width) * couplings
-    still = _degenerate(lam)
+def _edge_flux(lam: Tensor, couplings: Tensor, log_edge: float, width: float | None, rows: slice) -> Tensor:
+    """(rotation, drift) through one edge, of the pairs (i, j) with i in some rows."""
+    terms = 0.5 * _divided_difference(lam, log_edge, width, rows) * couplings
+    still = _degenerate(lam, rows)
     return torch.stack([terms[~still].sum(), terms[still].sum()])
 
 
-def _degenerate(lam: Tensor) -> Tensor:
+def _degenerate(lam: Tensor, rows: slice) -> Tensor:
     """Pairs without a gap, the diagonal among them: their basis is arbitrary, so all their motion counts as drift."""
-    scale = torch.maximum(lam[:, None].abs(), lam[None, :].abs())
-    return (lam[:, None] - lam[None, :]).abs() <= DEGENERATE * scale
+    x, y = lam[rows, None], lam[None, :]
+    return (x - y).abs() <= DEGENERATE * torch.maximum(x.abs(), y.abs())
 
 
-def _divided_difference(lam: Tensor, log_edge: float, width: float | None) -> Tensor:
-    """Theta[x, y] = (Theta(x) - Theta(y)) / (x - y), the derivative on the diagonal, shape (k, k)."""
-    gap = lam[:, None] - lam[None, :]
+def _divided_difference(lam: Tensor, log_edge: float, width: float | None, rows: slice) -> Tensor:
+    """Theta[x, y] = (Theta(x) - Theta(y)) / (x - y), the derivative on the diagonal, shape (rows, k)."""
+    gap = lam[rows, None] - lam[None, :]
     safe = torch.where(gap == 0, torch.ones_like(gap), gap)
     if width is None:
         step = (lam >= math.exp(log_edge)).to(lam.dtype)
-        return torch.where(gap == 0, torch.zeros_like(gap), (step[:, None] - step[None, :]) / safe)
+        return torch.where(gap == 0, torch.zeros_like(gap), (step[rows, None] - step[None, :]) / safe)
     positive = lam.clamp_min(torch.finfo(lam.dtype).tiny)
     a = (positive.log() - log_edge) / width
     # sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a)) for a >= b, without cancellation or overflow
-    upper, lower = torch.maximum(a[:, None], a[None, :]), torch.minimum(a[:, None], a[None, :])
+    upper, lower = torch.maximum(a[rows, None], a[None, :]), torch.minimum(a[rows, None], a[None, :])
     difference = torch.sigmoid(upper) * torch.sigmoid(-lower) * -torch.expm1(lower - upper)
     slope = torch.sigmoid(a) * torch.sigmoid(-a) / (width * positive)
-    middle = (slope[:, None] + slope[None, :]) / 2
-    both_null = (lam[:, None] <= 0) & (lam[None, :] <= 0)
-    quotient = torch.where(_degenerate(lam), middle, difference / safe.abs())
+    middle = (slope[rows, None] + slope[None, :]) / 2
+    both_null = (lam[rows, None] <= 0) & (lam[None, :] <= 0)
+    quotient = torch.where(_degenerate(lam, rows), middle, difference / safe.abs())
     return torch.where(both_null, torch.zeros_like(quotient), quotient)
 
 
-def _transfer_matrix(lam: Tensor, couplings: Tensor, windows: Tensor) -> Tensor:
-    """T_ab = 1/2 sum_ij (W_a(i) W_b(j) - W_a(j) W_b(i)) Omega_ij g_i g_j."""
-    gap, still = lam[:, None] - lam[None, :], _degenerate(lam)
+def _rotated(lam: Tensor, couplings: Tensor, windows: Tensor, rows: slice) -> Tensor:
+    """sum_ij W_a(i) W_b(j) Omega_ij g_i g_j with i in some rows; its antisymmetric part is T_ab."""
+    gap, still = lam[rows, None] - lam[None, :], _degenerate(lam, rows)
     rotation = torch.where(still, torch.zeros_like(gap), couplings / torch.where(still, torch.ones_like(gap), gap))
-    matrix = windows @ rotation @ windows.T
-    return (matrix - matrix.T) / 2
+    return windows[:, rows] @ rotation @ windows.T
 
 
 # -- the kernel's velocity -------------------------------------------------------------------------------
@@ -261,7 +264,7 @@ def _central(op: NTKOperator, velocity: Tensor) -> Tensor:
     if size == 0.0:
         return torch.zeros(op.shape, dtype=torch.float64, device=op.device)
     h = DIFFERENCE_STEP * max(scale, 1e-3) / size
-    return (shifted_gram(op, velocity, h) - shifted_gram(op, velocity, -h)) / (2 * h)
+    return shifted_gram(op, velocity, h).sub_(shifted_gram(op, velocity, -h)).div_(2 * h)
 
 
 def shifted_gram(op: NTKOperator, velocity: Tensor, h: float) -> Tensor:
@@ -283,9 +286,9 @@ def kink_gap(op: NTKOperator, change: Tensor, velocity: Tensor) -> float:
 
     Cost: two exact kernels.
     """
-    quotient = (shifted_gram(op, change, 1.0) - shifted_gram(op, change, -1.0)) / 2
+    quotient = shifted_gram(op, change, 1.0).sub_(shifted_gram(op, change, -1.0)).div_(2)
     size = float(velocity.norm())
-    return float((quotient - velocity).norm()) / size if size > 0 else math.nan
+    return float(quotient.sub_(velocity).norm()) / size if size > 0 else math.nan
 
 
 def _split(op: NTKOperator, vector: Tensor) -> dict[str, Tensor]:

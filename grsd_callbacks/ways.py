@@ -53,8 +53,7 @@ def exact(
     op: NTKOperator, r: Residual, settings: Settings, grid: ShellGrid | None, start: Tensor | None = None
 ) -> dict[str, Any]:
     """All eigenpairs: every shell, down to the floor."""
-    gram = op.exact_gram(memory_limit=settings.memory_limit)
-    matrix = r.nu * gram.matrix
+    matrix, about = _kernel(op, r.nu, settings)
     spectrum = _with_floor(eigendecomposition(matrix), relative_floor(op, exact=True))
     values = spectrum.eigenvalues
     largest = float(values[-1])
@@ -72,8 +71,7 @@ def exact(
         "eigenvalues": values.flip(0).to("cpu", torch.float64),
         "weights": None,
         "summary": summary,
-        "paths": {"kernel": counted(gram.paths)},
-        "num_unused": gram.num_unused,
+        **about,
     }
 
 
@@ -81,8 +79,7 @@ def lanczos(
     op: NTKOperator, r: Residual, settings: Settings, grid: ShellGrid | None, start: Tensor | None = None
 ) -> dict[str, Any]:
     """All eigenvalues, and the residual's measure by its bounds: no eigenvectors."""
-    gram = op.exact_gram(memory_limit=settings.memory_limit)
-    matrix = r.nu * gram.matrix
+    matrix, about = _kernel(op, r.nu, settings)
     values = torch.linalg.eigvalsh(matrix)
     measure_of_r = spectral_measure(matrix, r.residual, min(settings.num_matvecs, len(values)))
     largest = float(values[-1])
@@ -101,8 +98,7 @@ def lanczos(
         "weights": None,
         "summary": {**summary, "residual_norm_sq": measure_of_r.mass, "floor": floor},
         "images": _random_images(matrix, 1.0, settings.seed),
-        "paths": {"kernel": counted(gram.paths)},
-        "num_unused": gram.num_unused,
+        **about,
     }
 
 
@@ -188,6 +184,12 @@ def _scales(largest: float, trace: float, squares: float, first: float, second: 
         "effective_rank": trace**2 / squares if squares > 0 else math.nan,
         "mean_eigenvalue": second / first if first > 0 else math.nan,
     }
+
+
+def _kernel(op: NTKOperator, nu: float, settings: Settings) -> tuple[Tensor, dict[str, Any]]:
+    """M, and what an `Instant` says of it; J J^T itself is let go before eigenvalues take memory."""
+    gram = op.exact_gram(memory_limit=settings.memory_limit)
+    return nu * gram.matrix, {"paths": {"kernel": counted(gram.paths)}, "num_unused": gram.num_unused}
 
 
 def _with_floor(spectrum: Eigendecomposition, relative: float) -> Eigendecomposition:

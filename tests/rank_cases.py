@@ -335,11 +335,10 @@ def shares(rank, size):
     return ops[0].local.num_samples, ops[0].local.num_products, partial.matrix, partial.plan, monitor.report
 
 
-def traffic(method):
-    """Bytes of tensors in the collectives of one measurement, and how many collectives."""
+def traffic(method, **options):
+    """Bytes of tensors in the collectives of one measurement and its update, and how many collectives."""
     model = net()
-    options = {**METHODS[method], "transfer": False, "every_n_steps": 100}
-    monitor = ShellMonitor(model, "mse", data(), on_error="raise", figures=False, **options)
+    monitor = ShellMonitor(model, "mse", data(), on_error="raise", **{**METHODS[method], "transfer": False, **options})
     sent = []
 
     def counted(original, objects):
@@ -356,7 +355,7 @@ def traffic(method):
             original = getattr(dist.distributed_c10d, name)
             stack.enter_context(replaced(dist.distributed_c10d, name, counted(original, True)))
         monitor.step(0, lr=0.1)
-        monitor.step(1, lr=0.1)
+        monitor.finish_update(1)
     return sum(sent), len(sent), monitor.probe.num_samples * 3, sum(p.numel() for p in model.parameters())
 
 
@@ -419,7 +418,8 @@ def run(rank, size):
     for name in FAULTS:
         found[name] = faulty(name, rank, size)
     for method in METHODS:
-        found[f"traffic {method}"] = traffic(method)
+        found[f"traffic {method}"] = traffic(method, every_n_steps=100, figures=False)
+        found[f"traffic {method}, default"] = traffic(method)
     found["raising"] = raising(rank, size)
     found["figures"] = figures(rank, size)
     found["timed"] = timed(rank, size)

@@ -178,11 +178,14 @@ def test_the_schedule_is_rank_zeros_decision(ranks):
     assert "at most 100 %" in decision and steps[:2] == [0, 1] and set(steps[2:]) == {*points, 40}
 
 
+@pytest.mark.parametrize("by_default", [True, False])
 @pytest.mark.parametrize("method", rank_cases.METHODS)
-def test_the_calculation_of_traffic_is_what_is_sent(ranks, method):
-    sent, num, rows, parameters = ranks[0][f"traffic {method}"]
-    options = {"exact": (0, 0), "lanczos": (6, 0), "krylov": (6, 4), "randomized": (6, 0)}[method]
-    one = communication.traffic(method, parameters, rows, options[0], density=options[1], itemsize=8)
+def test_the_calculation_of_traffic_is_what_is_sent(ranks, method, by_default):
+    """With and without the default schedule and the figures that it draws."""
+    sent, num, rows, parameters = ranks[0][f"traffic {method}{', default' if by_default else ''}"]
+    products, density = {"exact": (0, 0), "lanczos": (6, 0), "krylov": (6, 4), "randomized": (6, 0)}[method]
+    options = {"density": density, "itemsize": 8, "schedule": by_default, "figures": by_default}
+    one = communication.traffic(method, parameters, rows, products, **options)
     assert sent == pytest.approx(one.payload, rel=0.01)
     assert num == one.collectives
 
@@ -191,6 +194,7 @@ def test_the_table_of_traffic(tmp_path, capsys):
     found = communication.main(["--out", str(tmp_path / "table.json"), "--memory", "1e10"])
     assert json.loads((tmp_path / "table.json").read_text())["results"] == found
     lines = capsys.readouterr().out.splitlines()
+    assert {entry["method"] for entry in found} == set(rank_cases.METHODS)
     assert len(lines) == 2 + len(found) and "calculated: 25 GB/s a rank" in lines[0]
     for entry in found:
         seconds = [entry["seconds"][str(r)] for r in communication.RANKS]

@@ -163,6 +163,43 @@ def test_unresolved_shells_are_hatched(make):
     assert "not resolved" not in labels(draw(make(run())))
 
 
+def hatched(figure):
+    """Lower and upper limits of the hatched rectangles."""
+    found = [c for c in figure.axes[0].collections if type(c).__name__ == "PolyCollection"]
+    corners = [path.vertices[:, 1] for c in found for path in c.get_paths()]
+    return sorted({(float(y.min()), float(y.max())) for y in corners})
+
+
+def rows_of(mask):
+    """The same of the shells in a mask."""
+    edges = GRID.edges.numpy()
+    limits = np.concatenate([[edges[0] ** 2 / edges[1]], edges, [edges[-1] ** 2 / edges[-2]]])
+    return [(pytest.approx(limits[a]), pytest.approx(limits[a + 1])) for a in np.flatnonzero(mask)]
+
+
+@pytest.mark.parametrize("edge", [2, 11])
+def test_dissipation_below_the_floor_of_a_kernel_is_hatched_however_narrow_its_bounds(edge):
+    """With the shells whose bounds are wide, here that of the largest D, and no others; krylov has no such floor."""
+    history, floor = run([0, 1]), float(GRID.edges[edge])
+    D, shells = history[1].dissipation, np.arange(GRID.num_shells)
+    top = int(D.argmax())
+    last = {"dissipation_bounds": torch.stack([D, D + 4 * D * (D == D.max())]), "summary": {"floor": floor}}
+    assert top > 11
+    for method, below in (("lanczos", shells <= edge), ("krylov", shells < 0)):
+        past = [replace(history[0], method=method), replace(history[1], method=method, **last)]
+        assert hatched(draw(figures.dissipation_map(past))) == rows_of(below | (shells == top))
+
+
+def test_without_bounds_dissipation_is_hatched_as_energy_is():
+    unknown = torch.full((2, GRID.num_shells), torch.nan, dtype=torch.float64)
+    resolved = torch.arange(GRID.num_shells) >= 5
+    bounds = {"energy_bounds": unknown, "dissipation_bounds": unknown}
+    past = [replace(s, method="randomized", resolved=resolved, **bounds) for s in run([0, 1])]
+    expected = rows_of(~resolved.numpy())
+    for make in (figures.energy_map, figures.dissipation_map):
+        assert hatched(draw(make(past))) == expected
+
+
 def test_the_spectrum_shows_both_ends_and_the_law_in_its_window():
     history = run()
     fit = fit_spectrum(np.arange(1, 201) ** -1.5)

@@ -123,7 +123,9 @@ def test_without_eigenvectors_all_but_the_shells_is_exact(name, k):
     torch.testing.assert_close(found.eigenvalues, exact.eigenvalues, rtol=0, atol=1e-13 * float(exact.eigenvalues[0]))
     assert torch.equal(found.budget.counts, exact.budget.counts)
     assert torch.equal(found.budget.count_bounds[0], found.budget.count_bounds[1])
-    for key in ("lambda_max", "trace", "effective_rank", "mean_eigenvalue", "residual_norm_sq", "floor"):
+    for key in (
+        "lambda_max", "trace", "effective_rank", "mean_eigenvalue", "residual_norm_sq", "floor", "target_alignment"
+    ):  # fmt: skip
         assert found.summary[key] == pytest.approx(exact.summary[key], rel=1e-9), key
     for what in ("energy", "dissipation"):
         truth, (low, high) = getattr(exact.budget, what), getattr(found.budget, f"{what}_bounds")

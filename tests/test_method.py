@@ -39,14 +39,16 @@ def test_rows_are_charged_for_their_backward_passes(monkeypatch):
 
 def test_never_beyond_the_memory_bound(monkeypatch):
     bound = 10**8
-    for peak, expected in ((bound // 2, "exact"), (3 * bound, "krylov")):
+    for peak, expected in ((bound // 2, "exact"), (2 * bound - 20_000, "lanczos"), (3 * bound, "krylov")):
         estimate = GramEstimate(1.0, peak, {"w": "linear"})
         monkeypatch.setattr(method, "gram_operations", lambda *args, estimate=estimate, **more: estimate)
         found = choose_by_cost(operator(), 10**6, memory_limit=bound)
         assert found.method == expected
+        if expected == "lanczos":
+            assert "200 MB, above the bound of 200 MB exact" in found.reason
     assert found.reason == "an exact kernel takes 300 MB, above the bound of 200 MB" and math.isnan(found.exact_seconds)
     op = operator(memory_limit=1000)
-    assert choose_by_cost(op, 10**6, memory_limit=1000).reason.startswith("an exact kernel's eigenvectors take")
+    assert choose_by_cost(op, 10**6, memory_limit=1000).reason.startswith("an exact kernel and its eigenvalues take")
 
 
 @pytest.mark.parametrize("backward, expected", [(0.1, "lanczos"), (1e-9, "krylov")])

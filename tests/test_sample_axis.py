@@ -129,6 +129,66 @@ def test_samples_of_flattened_time_first_outputs_are_found(kind):
         assert float(measured.budget.dissipation.sum()) == pytest.approx(float(g.mean(0).square().sum()), rel=1e-9)
 
 
+class TwoLosses(nn.Module):
+    """A submodule returns zeros, flattened with time first, to two losses: only targets tell where samples are."""
+
+    second = "same for all"
+
+    def __init__(self):
+        super().__init__()
+        self.words = FlatWords()
+
+    def training_step(self, batch, batch_idx):
+        tokens, targets = batch
+        z = self.words(tokens)
+        by_time = F.one_hot(targets.T.flatten(), WORDS).double()
+        first, second = torch.full_like(by_time, 0.2), by_time
+        if self.second == "otherwise":  # two targets, each in a layout of its own
+            first, second = by_time, F.one_hot(targets.flatten(), WORDS).double()
+        return F.l1_loss(z, first) + F.mse_loss(z, second)
+
+
+class Contradicting(TwoLosses):
+    second = "otherwise"
+
+
+class FlatWords(Words):
+    def __init__(self):
+        super().__init__()
+        nn.init.zeros_(self.head.weight), nn.init.zeros_(self.head.bias)
+
+    def forward(self, tokens):
+        return super().forward(tokens.T).flatten(0, 1)
+
+
+def test_all_targets_together_tell_where_samples_are():
+    module, probe, step = step_of(TwoLosses, (TOKENS, NEXT))
+    assert step.outputs.places[0].kind == "module"  # so that what is put there reaches both losses
+    assert step.outputs.axes == (SampleAxis(inner=True),) and step.notes == [] and not step.outputs.interacting
+    with torch.no_grad():
+        module.words.head.weight.normal_(generator=torch.Generator().manual_seed(0))
+    function = ModelFunction(module, outputs=step.outputs)
+    f = function.run(lambda: function.outputs(probe.inputs))
+    torch.testing.assert_close(f, module.words(TOKENS).unflatten(0, (T, N)).transpose(0, 1).flatten(1))
+
+
+def test_targets_that_say_different_things_leave_samples_unknown():
+    """The kernel is then that of the whole batch, whose parts are not told apart."""
+    module, probe, step = step_of(Contradicting, (TOKENS, NEXT))
+    assert step.outputs.interacting and "the kernel is taken from rows on the whole batch" in step.notes[0]
+    found = measure(module, probe, step.loss, Settings(outputs=step.outputs))
+    assert float(found.budget.dissipation.sum()) == pytest.approx(found.grad_norm_sq, rel=1e-9)
+
+
+def test_parts_of_a_batch_together_tell_where_samples_are():
+    """Targets of the first samples, and the first times of all, are the same: half of the batch leaves it open."""
+    targets = NEXT.clone()
+    targets[:, :2] = targets[: N // 2] = 1
+    assert len(sample_axes(targets.T.flatten(), targets[: N // 2].T.flatten(), N, slice(0, N // 2))) == 2
+    _, _, step = step_of(ZeroHead, (TOKENS, targets))
+    assert step.outputs.axes == (SampleAxis(inner=True),) and step.notes == [] and not step.outputs.interacting
+
+
 def test_a_batch_with_time_first_is_said_to_be_one():
     module, probe, step = step_of(TimeFirstBatches, (TOKENS.T.contiguous(), NEXT.T.contiguous()))
     assert step.outputs.time_first and step.outputs.interacting

@@ -357,15 +357,16 @@ def test_what_every_step_costs_is_reserved():
     assert decided(1.0, None).first == pytest.approx(2 * decided(0.0, None).first, abs=1)
 
 
+@pytest.mark.parametrize("missing", [(), ("rates", "ledger", "per_step", "credit", "marks", "left_out")])
 @pytest.mark.parametrize("saved_at", [3, 50])
-def test_resumed_without_a_limit_every_point_is_measured(saved_at):
-    """Whether the saved plan had been made (thinned) or not."""
+def test_resumed_without_a_limit_every_point_is_measured(saved_at, missing):
+    """Whether the saved plan had been made (thinned) or not, and by a version that kept accounts or not."""
     saved = LogSchedule(per_decade=10, max_overhead=0.02, total_steps=1000)
     for step in range(saved_at):
         saved.observe(step, 0.5 * min(step, 2), 0.01 * step + 0.5 * min(step, 2))
         saved.due(step)
     resumed = LogSchedule(per_decade=10, max_overhead=None, total_steps=1000)
-    resumed.load_state_dict(saved.state_dict())
+    resumed.load_state_dict({key: value for key, value in saved.state_dict().items() if key not in missing})
     due = []
     for step in range(saved_at, 1000):
         resumed.observe(step, 1.0, 1.0 + step)

@@ -33,14 +33,47 @@ def test_memory_is_bounded_and_a_power_law_survives_the_thinning():
     assert chi.exponent == pytest.approx(0.6, abs=1e-9) and chi.num_decades > 3
 
 
-def test_no_exponent_of_the_spectrum_is_fitted_to_rounding():
+@pytest.mark.parametrize("method", ["exact", "lanczos"])
+def test_no_exponent_of_the_spectrum_is_fitted_to_rounding(method):
     """A kernel of float32 products goes flat within the ranks of the window."""
     model, x, _ = with_spectrum(torch.arange(1, 301, dtype=torch.float64) ** -5.0)
-    options = {"method": "exact", "gram_dtype": torch.float32, "every_n_steps": 1}
+    options = {"method": method, "gram_dtype": torch.float32, "every_n_steps": 1}
     monitor = ShellMonitor(model, "mse", (x, randn(300, 1)), **options)
     found = monitor.step(0, lr=0.1)
     for fit_of_a in (found.exponents["a"], found.exponents["a_start"], monitor.final_exponents()["a"]):
         assert fit_of_a.exponent == pytest.approx(5.0, abs=0.01) and fit_of_a.window[1] < 25
+
+
+def test_without_eigenvectors_what_eigenvalues_tell_is_that_of_the_exact_method():
+    """Of 120 modes, a = 3/2, by 24 products: most shells' energies are not resolved, all their counts are."""
+    system = known.PowerLawKernel(120, 1.5, 1 + 1.5 * 0.75)
+    exact, ours = (train(system, 0.2, 300, method=method, num_matvecs=24) for method in ("exact", "lanczos"))
+    assert not bool(ours.history[-1].resolved[1:7].any()) and ours.history[0].weights is None
+    for end in (lambda m: m.final_exponents(), lambda m: m.history[-1].exponents):
+        truth, found = end(exact), end(ours)
+        for name in ("a", "a_start", "count"):
+            assert not found[name].refused and found[name].num_points == truth[name].num_points
+            assert found[name].exponent == pytest.approx(truth[name].exponent, rel=1e-9)
+            assert found[name].lower == pytest.approx(truth[name].lower, rel=1e-6)
+        assert found["densing"].exponent == pytest.approx(truth["densing"].exponent, rel=0.03)
+    for before, after in zip(exact.history[1:], ours.history[1:], strict=True):
+        k = before.summary["resolved_modes"]
+        assert k == pytest.approx(after.summary["resolved_modes"], rel=0.02, nan_ok=True)
+    assert math.isfinite(k) and k > 5
+    found = ours.history[-1].closures
+    for name in ("count_slope", "count_slope_lower"):
+        assert found[name] == pytest.approx(exact.history[-1].closures[name], rel=1e-6)
+    assert math.isfinite(found["densing"]) and "chi_tail" not in ours.final_exponents()
+
+
+def test_the_start_of_a_run_without_eigenvectors_outlives_a_checkpoint():
+    model, x, _ = with_spectrum(torch.arange(1, 101, dtype=torch.float64) ** -2.0)
+    monitor = ShellMonitor(model, "mse", (x, randn(100, 1)), method="lanczos", num_matvecs=8, every_n_steps=1)
+    monitor.step(0, lr=0.1)
+    start = Trajectory.from_state(monitor.run.trajectory.state_dict()).frozen
+    assert np.array_equal(np.sort(start.eigenvalues), monitor.history[0].eigenvalues.numpy()[::-1])
+    assert start.capacity.exponent == pytest.approx(2.0, abs=1e-6) and math.isnan(start.tail.value)
+    assert start.smallest == float(monitor.history[0].eigenvalues[-1])
 
 
 def test_velocity_of_an_interval_that_is_too_long_is_left_out():

@@ -1,8 +1,8 @@
 """The Lightning callback that delegates to `ShellMonitor`. With `cli`, the only importer of Lightning.
 
 `dynamics` has the callback: its arguments, and its hooks one after the other, which ask `arguments` for checks,
-`hooks` for what surrounds each of them, `discovery` for function and loss, `sampling` for the probe, `output` for where
-values go, and `lightning_facts` for all that is asked of the Trainer.
+`hooks` for what surrounds each of them, `first_batch` for the monitor, `discovery` for function and loss,
+`sampling` for the probe, `output` for where values go, and `lightning_facts` for all that is asked of the Trainer.
 """
 
 from grsd_callbacks.callbacks.discovery import auto_loss

@@ -29,14 +29,21 @@ def energy(axes: Axes, run: Run) -> None:
 
 
 def dissipation(axes: Axes, run: Run) -> None:
-    """D_a with unresolved shells (krylov: by the dissipation's own bounds)."""
-    D, bounds_2an = run.stack("dissipation"), run.stack("dissipation_bounds")
+    """D_a with unresolved shells."""
+    D = run.stack("dissipation")
     _positive(axes, run, D, "Dissipation: where the loss is removed", r"dissipation $D_a$  (loss / flow time)")
-    wide = ~(bounds_2an[1] - bounds_2an[0] <= 2 * RESOLVED_FRACTION * D) & ~(bounds_2an[1] <= NEGLIGIBLE * D.sum(0))
-    is_exact = np.array([s.method == "exact" for s in run.history])
-    unknown = np.where(is_exact, run.stack("resolved") == 0, wide)
+    unknown = _unknown_dissipation(run, D)
     drawing.hatch(axes, run.cells(), drawing.shell_limits(run.edges), unknown, "////", "not resolved")
     drawing.legend(axes, loc="upper right")
+
+
+def _unknown_dissipation(run: Run, D: np.ndarray) -> np.ndarray:
+    """By the dissipation's own bounds where it has any, and below the floor of an exact kernel: (B + 2, n) bool."""
+    bounds_2an, methods = run.stack("dissipation_bounds"), np.array([s.method for s in run.history])
+    wide = ~(bounds_2an[1] - bounds_2an[0] <= 2 * RESOLVED_FRACTION * D) & ~(bounds_2an[1] <= NEGLIGIBLE * D.sum(0))
+    rounded = np.stack([~s.grid.above(s.summary.get("floor", 0.0)).numpy() for s in run.history], axis=-1)
+    has_bounds, has_kernel = np.isin(methods, ("lanczos", "krylov")), methods == "lanczos"
+    return np.where(has_bounds, wide | (rounded & has_kernel), run.stack("resolved") == 0)
 
 
 def flux(axes: Axes, run: Run) -> None:

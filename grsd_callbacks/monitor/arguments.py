@@ -6,11 +6,15 @@ import math
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
+from grsd_callbacks.distributed import Group
 from grsd_callbacks.functional import check_function
 from grsd_callbacks.optimizer import NO_STEP_SIZE, StepSize, step_size
 from grsd_callbacks.outlet import warn
-from grsd_callbacks.probe import Probe
+from grsd_callbacks.probe import Probe, probe_from
 from grsd_callbacks.schedule import FixedSchedule, LogSchedule
+from grsd_callbacks.sharded import Twin
 
 
 def make_schedule(
@@ -36,14 +40,30 @@ def check_options(on_error: Any, switches: dict[str, Any], unpack: Any) -> None:
     check_function("unpack", unpack)
 
 
+def check_model_and_prefix(model: Any, prefix: Any) -> None:
+    """Raise unless they are a module (or the twin of a sharded one) and a word."""
+    if not isinstance(model, (nn.Module, Twin)):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix must be a str, got {type(prefix).__name__}")
+
+
 def check_num_probe(num_probe: int | None) -> None:
     """Raise unless num_probe is None or a positive integer."""
     if num_probe is not None and (isinstance(num_probe, bool) or not isinstance(num_probe, int) or num_probe < 1):
         raise ValueError(f"num_probe must be a positive integer (or None), got {num_probe!r}")
 
 
-def warn_of_few_samples(num_probe: int | None, probe: Probe) -> None:
-    """One warning if the probe has fewer samples than were asked for."""
+def shared_probe(group: Group, model: nn.Module, probe: Any, num_probe: int | None, unpack: Any) -> Probe:
+    """Rank zero's probe, on every rank; with one warning if it has fewer samples than were asked for."""
+    found = group.share(lambda: probe_from(probe, num_probe, *([unpack] if unpack else [])))
+    if not group.leads:
+        return found.to(next(model.parameters()).device)
+    _warn_of_few_samples(num_probe, found)
+    return found
+
+
+def _warn_of_few_samples(num_probe: int | None, probe: Probe) -> None:
     if num_probe is not None and probe.num_samples < num_probe:
         warn(
             f"grsd: num_probe={num_probe}, but the data have only {probe.num_samples} samples; the probe has these. "

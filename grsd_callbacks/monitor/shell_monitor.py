@@ -18,13 +18,14 @@ from grsd_callbacks.distributed import Group
 from grsd_callbacks.exponents import PowerLawFit
 from grsd_callbacks.losses import resolve_loss
 from grsd_callbacks.monitor.arguments import (
+    check_model_and_prefix,
     check_num_probe,
     check_options,
     check_step,
     given_size,
     make_schedule,
     on_every_rank,
-    warn_of_few_samples,
+    shared_probe,
 )
 from grsd_callbacks.monitor.figure_schedule import Cadence, FigureSchedule
 from grsd_callbacks.monitor.measurer import Measurer
@@ -32,7 +33,7 @@ from grsd_callbacks.observation import check_observe
 from grsd_callbacks.optimizer import StepSize
 from grsd_callbacks.outlet import Outlet
 from grsd_callbacks.paths import import_lazily_loaded
-from grsd_callbacks.probe import Probe, plain_leaves, probe_from, restored
+from grsd_callbacks.probe import Probe, plain_leaves, restored
 from grsd_callbacks.report import summary_table
 from grsd_callbacks.resume import changed_arguments, plain_arguments, same_probe
 from grsd_callbacks.run import Run
@@ -129,11 +130,8 @@ class ShellMonitor(Measurer):
         distributed: bool = True,
         **settings: Any,
     ) -> None:
-        if not isinstance(model, (nn.Module, Twin)):
-            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        check_model_and_prefix(model, prefix)
         check_options(on_error, {"pair": pair, "work": work, "transfer": transfer, "figures": figures}, unpack)
-        if not isinstance(prefix, str):
-            raise TypeError(f"prefix must be a str, got {type(prefix).__name__}")
         check_num_probe(num_probe)
         check_observe(observe, num_projections)
         how, resolved = Settings(**settings), resolve_loss(loss, nu)
@@ -145,7 +143,7 @@ class ShellMonitor(Measurer):
         self.max_overhead = max_overhead
         team = Team(Group.current() if distributed else Group())
         super().__init__(model, resolved, how, (observe, num_projections), team, distributed)
-        self.samples = self.probe = self._whole_probe(probe, num_probe, unpack)
+        self.samples = self.probe = shared_probe(self.team.group, self.model, probe, num_probe, unpack)
         sinks = writer if self.team.leads else on_every_rank(writer)
         self.outlet = Outlet(sinks, prefix, on_error, not self.team.leads)
         self.on_error, self.figures = on_error, figures
@@ -154,14 +152,6 @@ class ShellMonitor(Measurer):
         import_lazily_loaded()
         self.watch.charged(self._prepare)
         self.watch.set_up()
-
-    def _whole_probe(self, probe: Any, num_probe: int | None, unpack: Any) -> Probe:
-        """Rank zero's probe, on every rank."""
-        found = self.team.group.share(lambda: probe_from(probe, num_probe, *([unpack] if unpack else [])))
-        if not self.team.leads:
-            return found.to(next(self.model.parameters()).device)
-        warn_of_few_samples(num_probe, found)
-        return found
 
     @property
     def flow_time(self) -> float:

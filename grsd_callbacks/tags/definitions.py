@@ -202,7 +202,8 @@ TAGS: dict[str, Tag] = {
     "grsd_health/estimated_regime": Tag(
         "flag",
         "1 if kernel_drift, cka_distance and target_alignment are estimates from one random vector: the drift to "
-        "about (2 / effective rank)^(1/2), the CKA distance within a factor of 3 (not exact method)",
+        "about (2 / effective rank)^(1/2), the CKA distance within a factor of 3 (not exact method; of lanczos the "
+        "alignment is exact too)",
         _from("health", "estimated_regime"),
     ),
     "grsd_health/estimated_position": Tag(

@@ -18,7 +18,7 @@ from grsd_callbacks.probe import Probe, num_samples, take
 from grsd_callbacks.sample_axis import SampleAxis, has_time_first, parts_of, sample_axes, time_first_note
 from grsd_callbacks.training_step.observed import StepLoss, StepOutputs
 from grsd_callbacks.training_step.runner import REMEDY, StepRunner
-from grsd_callbacks.training_step.tape import Event, Tape, frontier, slope
+from grsd_callbacks.training_step.tape import Event, Place, Tape, frontier, slope
 
 #: |grad L - J^T dL/df|^2 / |grad L|^2 above which dependence on the parameters is said to bypass f, by dtype
 GAP_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
@@ -148,7 +148,7 @@ def _observe_cut(
     known = _known_loss(cut, loss)
     main = [known[0]] if known else [_first(events) for events in cut]
     outputs = StepOutputs(runner, tuple(event.place for event in main), (SampleAxis(),) * len(main))
-    outputs, independent = _with_axes(outputs, function.model, batch, main, num_samples(batch))
+    outputs, independent = _with_axes(outputs, function.model, batch, main, cut, num_samples(batch))
     notes = []
     if _is_random(function, outputs, batch):
         notes.append("training_step draws random numbers: one fixed draw is measured")
@@ -191,39 +191,54 @@ def _has_rows(tensor: Tensor, n: int) -> bool:
 
 
 def _with_axes(
-    outputs: StepOutputs, model: nn.Module, batch: Any, cut: list[Event], n: int
+    outputs: StepOutputs, model: nn.Module, batch: Any, main: list[Event], cut: list[list[Event]], n: int
 ) -> tuple[StepOutputs, bool]:
-    """The sample axis of each part, by running the step on parts of the batch; and whether samples are independent."""
-    first = tuple(SampleAxis(next(d for d, size in enumerate(e.tensor.shape) if size % n == 0)) for e in cut)
-    outputs = replace(outputs, axes=first)
+    """The sample axis of each part, by running the step on parts of the batch; and whether samples are independent.
+
+    Args:
+        main: the event at each of the outputs' places.   cut: all events of the same tensors.
+    """
+    first = [SampleAxis(next(d for d, size in enumerate(e.tensor.shape) if size % n == 0)) for e in main]
+    outputs = replace(outputs, axes=tuple(first))
     if n == 1:
         return outputs, True
-    found: list[list[SampleAxis | None]] = []
+    runs: list[list[list[SampleAxis]]] = []
     for samples in parts_of(n):
         try:
-            parts = _events(outputs, model, take(batch, samples, n))
+            parts, others = _events(outputs, model, take(batch, samples, n), cut)
         except Exception:  # a step that does not run on parts of a batch
-            return _without_samples(outputs, model, batch, cut), False
-        found.append([_axis(event, part, n, samples) for event, part in zip(cut, parts)])
-    independent = None not in found[0] and all(axes == found[0] for axes in found)
-    outputs = replace(outputs, axes=tuple(a if a is not None else f for a, f in zip(found[0], first)))
-    return outputs if independent else _without_samples(outputs, model, batch, cut), independent
+            return _without_samples(outputs, model, batch, main), False
+        pairs = [[(e, others[e.place]) for e in events if e.place in others] for events in cut]
+        runs.append([_axes(e, some, uses, n, samples) for e, some, uses in zip(main, parts, pairs, strict=True)])
+    common = [[axis for axis in those[0] if all(axis in run for run in those)] for those in zip(*runs, strict=True)]
+    chosen = [(both or half or [f])[0] for both, half, f in zip(common, runs[0], first, strict=True)]
+    outputs, independent = replace(outputs, axes=tuple(chosen)), all(common)
+    return outputs if independent else _without_samples(outputs, model, batch, main), independent
 
 
-def _events(outputs: StepOutputs, model: nn.Module, batch: Any) -> list[Event]:
-    with torch.no_grad(), Tape(model, outputs.places) as tape:
+def _events(
+    outputs: StepOutputs, model: nn.Module, batch: Any, cut: list[list[Event]] | None = None
+) -> tuple[list[Event], dict[Place, Event]]:
+    """What is seen at the outputs' places, and at those of all events of the same tensors where the step passes."""
+    uses = {event.place for events in cut or () for event in events}
+    with torch.no_grad(), Tape(model, {*outputs.places, *uses}) as tape:
         outputs.runner(batch)
-    return [tape.at(place) for place in outputs.places]
+    return [tape.at(place) for place in outputs.places], {event.place: event for event in tape.events}
 
 
-def _axis(whole: Event, part: Event, n: int, samples: slice) -> SampleAxis | None:
-    """Where the samples are; targets decide where outputs (all zero, say) leave it open."""
-    found = sample_axes(whole.tensor.detach(), part.tensor, n, samples)
-    all_targets, some_targets = _target(whole), _target(part)
-    if len(found) > 1 and all_targets is not None and some_targets is not None:
-        told = sample_axes(all_targets, some_targets, n, samples)
-        found = [axis for axis in found if axis in told] or found
-    return found[0] if found else None
+def _axes(whole: Event, part: Event, uses: list[tuple[Event, Event]], n: int, samples: slice) -> list[SampleAxis]:
+    """Where the samples can be; targets decide where outputs (all zero, say) leave it open.
+
+    Nowhere if the targets of two uses say different things.
+    """
+    found = possible = sample_axes(whole.tensor.detach(), part.tensor, n, samples)
+    for of_all, of_some in uses:
+        targets, some_targets = _target(of_all), _target(of_some)
+        if len(possible) > 1 and targets is not None and some_targets is not None:
+            told = sample_axes(targets, some_targets, n, samples)
+            if any(axis in possible for axis in told):  # else they are laid out in another way, and do not say
+                found = [axis for axis in found if axis in told]
+    return found
 
 
 def _target(event: Event) -> Tensor | None:
@@ -239,7 +254,7 @@ def _without_samples(outputs: StepOutputs, model: nn.Module, batch: Any, cut: li
     """Where samples interact: whether they are those of another axis."""
 
     def is_second(k: int) -> bool:
-        return has_time_first(cut[k].tensor.detach(), batch, lambda some: _events(outputs, model, some)[k].tensor)
+        return has_time_first(cut[k].tensor.detach(), batch, lambda some: _events(outputs, model, some)[0][k].tensor)
 
     return replace(outputs, time_first=all(is_second(k) for k in range(len(cut))))
 
