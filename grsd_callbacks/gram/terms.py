@@ -41,7 +41,7 @@ class Rates:
 
 
 #: by dtype of the products
-RATES = {torch.float64: Rates(), torch.float32: Rates(large=0.5, small=0.9, copy=12.0, touch=4.0)}
+RATES = {torch.float64: Rates(), torch.float32: Rates(large=0.5, small=0.65, copy=12.0, touch=4.0)}
 
 
 class Term:
