@@ -4,13 +4,20 @@ Each round trains the same net without a callback, with an idle callback of the 
 itself spends on one more callback) and with ours, in changing order, and compares the time of `fit` without set-up; CPU
 time of the process, which a busy machine disturbs less, and wall-clock time. Medians over rounds of the ratios stand
 beside the overhead that the callback itself reports. JSON with the environment goes to benchmarks/results/.
+
+With --together two runs go side by side, each in a process of its own with one thread on a core of its own, and cores
+are swapped every other round: whatever disturbs the machine disturbs both. One pair is without and with ours, the other
+without and idle.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import os
 import statistics
+import subprocess
 import sys
 import time
 import warnings
@@ -109,7 +116,7 @@ def task(name: str, size: str) -> tuple[L.LightningModule, TensorDataset]:
 
 
 def run(name: str, size: str, steps: int, variant: str, logdir: Path) -> dict[str, Any]:
-    """Seconds of one training run, and the callback if it was on."""
+    """Seconds of one training run, and what the callback says of itself if it was on."""
     module, data = task(name, size)
     watch = Stopwatch()
     callback = grsd.ShellDynamicsCallback(num_probe=PROBE[name], figures=False) if variant == "on" else None
@@ -125,7 +132,12 @@ def run(name: str, size: str, steps: int, variant: str, logdir: Path) -> dict[st
         log_every_n_steps=20,
     )
     trainer.fit(module, DataLoader(data, batch_size=BATCH[name], shuffle=True))
-    return {"cpu": watch.cpu, "wall": watch.wall, "callback": callback}
+    found: dict[str, Any] = {"cpu": watch.cpu, "wall": watch.wall}
+    if callback is not None:
+        monitor = callback.monitor
+        found |= {"reported": monitor.overhead, "measurements": len(callback.history)}
+        found |= {"method": monitor.settings.method, "schedule": monitor.schedule.describe()}
+    return found
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -134,25 +146,53 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     run(name, args.size, min(50, steps), "on", args.logdir)  # warm up
     rounds = []
     for i in range(args.rounds):
+        if args.together:
+            rounds.append({what: side_by_side(name, args, steps, what, swapped=i % 2 == 1) for what in VARIANTS[1:]})
+            continue
         order = VARIANTS[i % 3 :] + VARIANTS[: i % 3]
-        rounds.append({variant: run(name, args.size, steps, variant, args.logdir) for variant in order})
-    callbacks = [found["on"]["callback"] for found in rounds]
+        found = {variant: run(name, args.size, steps, variant, args.logdir) for variant in order}
+        rounds.append({what: {"off": found["off"], what: found[what]} for what in VARIANTS[1:]})
+    ours = [found["on"]["on"] for found in rounds]
 
-    def percent(clock: str, a: str, b: str) -> list[float]:
-        return [100 * (found[a][clock] / found[b][clock] - 1) for found in rounds]
+    def percent(clock: str, what: str) -> list[float]:
+        return [100 * (found[what][what][clock] / found[what]["off"][clock] - 1) for found in rounds]
 
     return {
         "case": name,
         "steps": steps,
-        "step_ms": 1e3 * statistics.median(found["off"]["cpu"] for found in rounds) / steps,
-        "on_cpu_percent": percent("cpu", "on", "off"),
-        "control_cpu_percent": percent("cpu", "control", "off"),
-        "on_wall_percent": percent("wall", "on", "off"),
-        "reported_percent": [100 * callback.monitor.overhead for callback in callbacks],
-        "measurements": [len(callback.history) for callback in callbacks],
-        "method": callbacks[0].monitor.settings.method,
-        "schedule": callbacks[0].monitor.schedule.describe(),
+        "together": args.together,
+        "step_ms": 1e3 * statistics.median(found["on"]["off"]["cpu"] for found in rounds) / steps,
+        "on_cpu_percent": percent("cpu", "on"),
+        "control_cpu_percent": percent("cpu", "control"),
+        "on_wall_percent": percent("wall", "on"),
+        "control_wall_percent": percent("wall", "control"),
+        "reported_percent": [100 * found["reported"] for found in ours],
+        "measurements": [found["measurements"] for found in ours],
+        "method": ours[0]["method"],
+        "schedule": ours[0]["schedule"],
     }
+
+
+def side_by_side(name: str, args: argparse.Namespace, steps: int, what: str, *, swapped: bool) -> dict[str, Any]:
+    """A run without a callback and one with, at the same time on two cores."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    workers = {}
+    for variant, core in zip(("off", what), reversed(cores) if swapped else cores):
+        command = [sys.executable, __file__, "--size", args.size, "--steps", str(steps), "--cases", name]
+        command += ["--logdir", str(args.logdir / variant), "--one", f"{variant}:{core}"]
+        workers[variant] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    found = {variant: worker.communicate()[0] for variant, worker in workers.items()}
+    return {variant: json.loads(text.splitlines()[-1]) for variant, text in found.items()}
+
+
+def one(args: argparse.Namespace) -> None:
+    """One run on one core, its figures as the last line."""
+    variant, core = args.one.split(":")
+    os.sched_setaffinity(0, {int(core)})
+    torch.set_num_threads(1)
+    (name,) = args.cases
+    run(name, args.size, min(20, args.steps), variant, args.logdir)  # warm up
+    print(json.dumps(run(name, args.size, args.steps, variant, args.logdir)))
 
 
 def row(found: dict[str, Any]) -> tuple[str, ...]:
@@ -254,10 +294,17 @@ def main(argv: Sequence[str] | None = None) -> dict:
     parser.add_argument("--steps", type=int, default=None, help="of every run")
     parser.add_argument("--rounds", type=int, default=None)
     parser.add_argument("--logdir", type=Path, default=Path("logs/bench"))
+    parser.add_argument("--together", action="store_true", help="runs side by side on two cores (Linux)")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.rounds = args.rounds or ROUNDS[args.size]
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
+    if args.one:
+        one(args)
+        return {}
+    if args.together and len(os.sched_getaffinity(0)) < 2:
+        parser.error("--together needs two cores")
     torch.set_num_threads(args.threads)
     results = []
     for name in common.chosen(STEPS[args.size], args.cases):

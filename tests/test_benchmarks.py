@@ -1,11 +1,12 @@
 """The benchmarks run at tiny size without peers, and their JSON has what the tables need."""
 
 import json
+import os
 
 import pytest
 import torch
 
-from benchmarks import bench_accuracy, bench_conditions, bench_kernel, bench_products, common, nets
+from benchmarks import bench_accuracy, bench_conditions, bench_kernel, bench_overhead, bench_products, common, nets
 from benchmarks.peers.launch import Worker
 
 
@@ -119,3 +120,13 @@ def test_conditions(tmp_path):
         assert r["measured_at"][0] == 0 and r["measured_at"][-1] == r["steps"] == 12
         assert len(r["paired_cpu_percent"]) == len(r["paired_wall_percent"]) == 1
         assert r["overhead_percent"] > 0 and r["final_seconds"] > 0 and len(r["verdicts"]) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_overhead_of_runs_side_by_side(tmp_path):
+    (found,) = run(bench_overhead, tmp_path, "--cases", "mlp", "--together", "--rounds", "2", "--logdir", str(tmp_path))
+    assert found["together"] and found["steps"] == 30 and found["method"] == "exact"
+    for key in ("on_cpu_percent", "control_cpu_percent", "on_wall_percent", "reported_percent", "measurements"):
+        assert len(found[key]) == 2
+    assert min(found["measurements"]) >= 2 and min(found["reported_percent"]) > 0

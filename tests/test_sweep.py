@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_gram import MODELS, Wrapped, built, n, oracle, randn, relative
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from grsd_callbacks.functional import ModelFunction
 from grsd_callbacks.gram import checks as gram_checks
@@ -127,3 +128,29 @@ def test_what_is_remembered_is_bounded_and_goes_with_the_model():
     del model
     gc.collect()
     assert len(verified._MEMORIES) <= before
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations whose result the host has to wait for."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layer", [lambda: nn.Linear(6, 6), lambda: nn.Conv1d(2, 2, 3, padding=1)])
+def test_the_host_waits_as_often_for_a_deep_net_as_for_a_shallow_one(layer):
+    counts = []
+    for depth in (2, 8):
+        layers = [part for _ in range(depth) for part in (layer(), nn.Tanh())]
+        model = nn.Sequential(*layers, nn.Flatten()).double()
+        x = randn(n, 2, 6)
+        exact_gram(ModelFunction(model), x)
+        with Waits() as waits:
+            exact_gram(ModelFunction(model), x)
+        counts.append(waits.count)
+    assert counts[0] == counts[1] <= 3

@@ -80,14 +80,15 @@ def checked(
         edges: list[Any] = [call.output_edge for call in group]
         pulled = torch.autograd.grad(record.outputs, [*edges, *wanted], v, retain_graph=True, allow_unused=True)
         gradients.update({name: _dense(g, p) for name, g, p in zip(names, pulled[len(edges) :], wanted)})
-        split = _separate(record, v, group, pulled) if known is None else _split(group, pulled, len(v))
-        for call, g in split:
-            for role, name in call.names.items() if known is None else ():
+        split = list(_separate(record, v, group, pulled) if known is None else _split(group, pulled, len(v)))
+        for call, g in split if known is None else ():
+            for role, name in call.names.items():
                 shape = function.parameters[name].shape
                 shares[call, role] = _pulled(call, role, g, len(v), shape, memory_limit // (4 * itemsize))
-            _find_active(call, g)
-        del pulled
-    norm_sq = sum(float(g.to(wide_dtype(g.device)).square().sum()) for g in gradients.values())
+        _find_active(split)
+        del pulled, split
+    squares = [g.to(wide_dtype(g.device)).square().sum() for g in gradients.values()]
+    norm_sq = float(torch.stack(squares).sum()) if squares else 0.0
     if known is None:
         known = {name: pairs for name, pairs in record.uses.items() if _rule_holds(pairs, shares, gradients[name])}
     return Reference(v, gradients, norm_sq), known
@@ -175,15 +176,18 @@ def _pulled(call: Call, role: str, g: Tensor, n: int, shape: torch.Size, max_pat
     return call.weight_shaped(total, shape), size
 
 
-def _find_active(call: Call, g: Tensor) -> None:
+def _find_active(found: list[tuple[Call, Tensor]]) -> None:
     """Remember which positions have a gradient, where that saves something."""
-    if call.T == 1 or not any(call.is_factored(role) for role in call.names):
+    calls = [(call, g) for call, g in found if call.T > 1 and any(call.is_factored(role) for role in call.names)]
+    if not calls:
         return
-    right = call.right(g)
-    idle = torch.nonzero((right[0, 0] == 0).all(-1).all(0)).flatten()  # for the first sample; few, as a rule
-    if not len(idle):
-        return
-    idle = idle[(right.index_select(3, idle) == 0).all(-1).flatten(0, 2).all(0)]
-    if len(idle):
-        active = torch.ones(call.T, dtype=torch.bool, device=g.device).index_fill_(0, idle, False)
-        call.active = torch.nonzero(active).flatten()
+    first = torch.stack([_idle(call, g[:1]).any() for call, g in calls]).tolist()  # few have any, as a rule
+    for call, g in [pair for pair, some in zip(calls, first) if some]:
+        active = torch.nonzero(~_idle(call, g)).flatten()
+        if len(active) < call.T:
+            call.active = active
+
+
+def _idle(call: Call, g: Tensor) -> Tensor:
+    """Which positions have no gradient in any sample, (T,)."""
+    return (call.right(g) == 0).all(-1).flatten(0, 2).all(0)
