@@ -4,7 +4,7 @@
 
 Layers that `layers` knows are contracted from their inputs and output gradients in the cheapest of three forms;
 every other parameter takes explicit rows, in parts. Each call proves its own completeness: every rule against
-autograd's J_p^T v, and in the end v^T K v = |J^T v|^2.
+autograd's J_p^T v, the first time a model shows its graph, and in the end v^T K v = |J^T v|^2.
 
 Letters: n samples, C outputs per sample, m = n C rows, P parameters.
 """
@@ -111,7 +111,7 @@ def exact_gram(
         RuntimeWarning: the structured kernel failed its check (samples that interact, say) and was recomputed
             from explicit rows.
 
-    Cost: three passes over the batch, C backward passes; then per layer, by measured rates, the least of
+    Cost: three passes over the batch (two for a graph seen before), C backward passes; then per layer, by measured rates, the least of
         m^2 p q + m T p q (rows), m^2 q + n^2 p (one position) and n^2 T^2 p + n m T^2 q + m^2 T q (T positions),
         squares halved by symmetry. Parameters without a rule add C backward passes under `torch.func.vmap` (where
         it refuses, or they are large, m on single samples), and m^2 times their number.
