@@ -64,6 +64,16 @@ def test_a_backward_that_refuses_several_columns_is_asked_for_one(monkeypatch):
     assert relative(exact_gram(ModelFunction(model), randn(n, 6)).matrix, oracle(plain, randn(n, 6))) < 1e-10
 
 
+@pytest.mark.parametrize("memory_limit", [70_000, 93_000])
+def test_a_refusal_frees_memory_only_after_the_graph_was_released(memory_limit, monkeypatch):
+    monkeypatch.setattr(sweep, "OVERHEAD_BOUND", {"cpu": 0})
+    parts = {"a": nn.Linear(3, 10), "b": nn.Linear(10, 8), "c": nn.Linear(8, 12)}
+    model = Wrapped(lambda s, x: s.c(s.b(Doubled.apply(s.a(x))).mean(1)), **parts).double()
+    plain = Wrapped(lambda s, x: s.c(s.b(2 * s.a(x)).mean(1)), **parts)
+    x = randn(6, 14, 3)
+    assert relative(exact_gram(ModelFunction(model), x, memory_limit=memory_limit).matrix, oracle(plain, x)) < 1e-10
+
+
 def test_running_out_of_memory_is_no_refusal(monkeypatch):
     monkeypatch.setattr(sweep, "OVERHEAD_BOUND", {"cpu": 0})
     model, x = built("mlp")

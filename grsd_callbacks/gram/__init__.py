@@ -319,11 +319,12 @@ class _Computation:
         n, width = whole.outputs.shape
         sweeper = Sweeper(self.function, self.inputs, whole, self.memory_limit // 4)
         groups = _packed(terms, self._most(whole))
-        if not any(sweeper.keeps_whole(group) for group in groups):
+        held = any(sweeper.keeps_whole(group) for group in groups)
+        if not held:
             whole.release()
         totals: dict[str, Accumulator] = {}
         for group in groups:
-            sweeper.run(group, whole if sweeper.keeps_whole(group) else None)
+            sweeper.run(group, whole if held and sweeper.keeps_whole(group) else None)
             for term in group:
                 key = self._key(term)
                 if key not in totals:
