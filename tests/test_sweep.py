@@ -126,6 +126,24 @@ def test_another_graph_through_the_same_layers_is_checked_again(checks):
     with pytest.warns(RuntimeWarning, match="rows:interacting"):
         found = exact_gram(ModelFunction(model), randn(n, 6))
     assert len(checks) > once and relative(found.matrix, oracle(model, randn(n, 6))) < 1e-10
+    assert model not in verified._MEMORIES  # rules that did not make a kernel
+
+
+def test_a_branch_that_starts_at_zero_tells_nothing_of_its_layout():
+    """Time first, as many steps as samples: without a gradient either could be the samples."""
+    parts = {"a": nn.Linear(3, 5), "up": nn.Linear(5, 6), "head": nn.Linear(5, 2)}
+
+    def body(s, x):
+        h = s.a(x.transpose(0, 1))
+        return s.head((h + torch.tanh(s.up(h)) @ s.down.T).cumsum(0)).transpose(0, 1)
+
+    model = Wrapped(body, down=nn.Parameter(torch.zeros(5, 6)), **parts).double()
+    exact_gram(ModelFunction(model), randn(n, n, 3))
+    with torch.no_grad():
+        model.down.copy_(1e-5 * randn(5, 6))
+    found = exact_gram(ModelFunction(model, params="up.*"), randn(n, n, 3))
+    small = exact_gram(ModelFunction(model), randn(n, n, 3), blocks="module").blocks["up"]
+    assert relative(small, found.matrix) < 1e-10
 
 
 def test_what_is_remembered_is_bounded_and_goes_with_the_model():
