@@ -26,13 +26,14 @@ from grsd_callbacks.distributed import ElsewhereError, Group
 from grsd_callbacks.gram import Gram
 from grsd_callbacks.gram.checks import total_tolerance
 from grsd_callbacks.gram.division import partial_gram
+from grsd_callbacks.gram.verified import forget
 from grsd_callbacks.kernel import FORWARD_PATHS, NTKOperator
 from grsd_callbacks.losses import wide_dtype
 from grsd_callbacks.plan import ProductPlan
 from grsd_callbacks.probe import take
 
 T = TypeVar("T")
-_STOP, _VJP, _JVP, _PRODUCT, _GRAM, _OUTPUTS = range(6)
+_STOP, _VJP, _JVP, _PRODUCT, _GRAM, _FORGET, _OUTPUTS = range(7)
 #: a message is a command, a number, and a vector v of m numbers
 _HEAD = 2
 
@@ -129,6 +130,7 @@ class SharedOperator(NTKOperator):
             limit = min(limits)  # memory ran out somewhere: the same terms for everyone
         if gram is not None and gram.check_gap <= total_tolerance(self.dtype, self.gram_dtype):
             return gram
+        self._command(_FORGET)  # what ranks remember of the model's graphs may be out of date, or differ
         return super().exact_gram(memory_limit=memory_limit)
 
     def divides(self) -> bool:
@@ -185,6 +187,8 @@ class SharedOperator(NTKOperator):
     def _execute(self, code: int, number: int, vector: Tensor | None = None) -> Any:
         if code == _GRAM:
             return self._gram(number)
+        if code == _FORGET:
+            return forget(self.function)
         rows = len(self._message) - _HEAD
         if code == _OUTPUTS:
             return self._added(rows, self._rows, lambda op: op.outputs.reshape(-1))

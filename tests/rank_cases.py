@@ -27,6 +27,7 @@ from grsd_callbacks import MemorySink, ShellMonitor
 from grsd_callbacks.distributed import ElsewhereError, Group
 from grsd_callbacks.gram.division import partial_gram
 from grsd_callbacks.kernel import NTKOperator
+from grsd_callbacks.layers import LinearCall
 from grsd_callbacks.sharded import Twin, is_sharded
 from grsd_callbacks.team import SharedOperator
 
@@ -335,6 +336,23 @@ def shares(rank, size):
     return ops[0].local.num_samples, ops[0].local.num_products, partial.matrix, partial.plan, monitor.report
 
 
+def relearned():
+    """Kernels that rank zero has made alone, after each of three measurements; a layer's rule breaks after the first.
+
+    What every rank remembers of it is then wrong, and dropped by all.
+    """
+    alone, counts = [], []
+    whole, left = NTKOperator.exact_gram, LinearCall._left
+    monitor = ShellMonitor(net(), "mse", data(), every_n_steps=1, on_error="raise", work=False, method="exact")
+    with replaced(NTKOperator, "exact_gram", lambda op, **options: (alone.append(1), whole(op, **options))[1]):
+        for step in range(3):
+            changed = (LinearCall, "_left", lambda call, x: 1.01 * left(call, x))
+            with replaced(*changed) if step else nullcontext():
+                monitor.step(step, lr=0.1)
+            counts.append(len(alone))
+    return counts
+
+
 def traffic(method, **options):
     """Bytes of tensors in the collectives of one measurement and its update, and how many collectives."""
     model = net()
@@ -412,6 +430,7 @@ def run(rank, size):
     found["one sample"] = measured("krylov", "float64", rank, size, num_samples=1)
     found["interacting"] = interacting(rank, size)
     found["shares"] = shares(rank, size)
+    found["relearned"] = relearned()
     found["plain"] = trained(False, rank, size)[0]
     for method in METHODS:
         found[f"trained {method}"] = trained(True, rank, size, **METHODS[method])[0]

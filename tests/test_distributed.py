@@ -109,6 +109,11 @@ def test_the_work_is_divided(ranks):
     assert "ranks       2: samples of the probe for products, terms of the exact kernel" in report
 
 
+def test_all_ranks_drop_what_they_remember_of_a_model_that_has_changed(ranks):
+    """One kernel by rank zero alone, with the old rules refuted; then the work is divided again."""
+    assert ranks[0]["relearned"] == [0, 1, 1]
+
+
 def test_samples_that_see_each_other_are_measured_by_rank_zero(ranks):
     snapshots, report = ranks[0]["interacting"]
     assert_same_run(rank_cases.interacting(0, 1)[0], snapshots, 1e-12)

@@ -521,6 +521,23 @@ def test_a_network_that_takes_another_way_on_part_of_the_batch(monkeypatch):
     assert relative(found.matrix, oracle(model, randn(n, 6))) < 1e-10
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_nested_tensors_have_no_plain_shape(inside):
+    """A layer on a nested tensor, or nested tensors made of its outputs."""
+
+    def body(s, x):
+        rows = [row[:3] if inside else s.a(row[:3]) for row in x]
+        h = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+        return s.b(torch.nested.to_padded_tensor(torch.sin(s.a(h) if inside else h), 0.0).mean(1))
+
+    parts = {"a": nn.Linear(4, 5), "b": nn.Linear(5, 3)}
+    model, plain = Wrapped(body, **parts).double(), Wrapped(lambda s, x: s.b(torch.sin(s.a(x[:, :3])).mean(1)), **parts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # samples cannot always be taken apart
+        found = exact_gram(ModelFunction(model), randn(n, 4, 4))
+    assert relative(found.matrix, oracle(plain, randn(n, 4, 4))) < 1e-10
+
+
 def test_running_out_of_memory_halves_the_limit(monkeypatch):
     model, x = built("conv2d")
     limits = []

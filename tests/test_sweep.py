@@ -65,6 +65,16 @@ def test_a_backward_that_refuses_several_columns_is_asked_for_one(monkeypatch):
     assert relative(exact_gram(ModelFunction(model), randn(n, 6)).matrix, oracle(plain, randn(n, 6))) < 1e-10
 
 
+@pytest.mark.parametrize("memory_limit", [70_000, 93_000])
+def test_a_refusal_frees_memory_only_after_the_graph_was_released(memory_limit, monkeypatch):
+    monkeypatch.setattr(sweep, "OVERHEAD_BOUND", {"cpu": 0})
+    parts = {"a": nn.Linear(3, 10), "b": nn.Linear(10, 8), "c": nn.Linear(8, 12)}
+    model = Wrapped(lambda s, x: s.c(s.b(Doubled.apply(s.a(x))).mean(1)), **parts).double()
+    plain = Wrapped(lambda s, x: s.c(s.b(2 * s.a(x)).mean(1)), **parts)
+    x = randn(6, 14, 3)
+    assert relative(exact_gram(ModelFunction(model), x, memory_limit=memory_limit).matrix, oracle(plain, x)) < 1e-10
+
+
 def test_running_out_of_memory_is_no_refusal(monkeypatch):
     monkeypatch.setattr(sweep, "OVERHEAD_BOUND", {"cpu": 0})
     model, x = built("mlp")
@@ -117,6 +127,24 @@ def test_another_graph_through_the_same_layers_is_checked_again(checks):
     with pytest.warns(RuntimeWarning, match="rows:interacting"):
         found = exact_gram(ModelFunction(model), randn(n, 6))
     assert len(checks) > once and relative(found.matrix, oracle(model, randn(n, 6))) < 1e-10
+    assert model not in verified._MEMORIES  # rules that did not make a kernel
+
+
+def test_a_branch_that_starts_at_zero_tells_nothing_of_its_layout():
+    """Time first, as many steps as samples: without a gradient either could be the samples."""
+    parts = {"a": nn.Linear(3, 5), "up": nn.Linear(5, 6), "head": nn.Linear(5, 2)}
+
+    def body(s, x):
+        h = s.a(x.transpose(0, 1))
+        return s.head((h + torch.tanh(s.up(h)) @ s.down.T).cumsum(0)).transpose(0, 1)
+
+    model = Wrapped(body, down=nn.Parameter(torch.zeros(5, 6)), **parts).double()
+    exact_gram(ModelFunction(model), randn(n, n, 3))
+    with torch.no_grad():
+        model.down.copy_(1e-5 * randn(5, 6))
+    found = exact_gram(ModelFunction(model, params="up.*"), randn(n, n, 3))
+    small = exact_gram(ModelFunction(model), randn(n, n, 3), blocks="module").blocks["up"]
+    assert relative(small, found.matrix) < 1e-10
 
 
 def test_what_is_remembered_is_bounded_and_goes_with_the_model():

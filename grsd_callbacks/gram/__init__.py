@@ -197,12 +197,13 @@ class _Computation:
         if self.function.interacting or (self.function.mode != "eval" and not self._independent()):
             whole = self.record()
             return self._interacting(whole, self._check(whole)[0])
-        reference, gram, why = self._structured()
-        if not self._complete(gram) and self.recalled:  # the model may have changed since it was checked
-            forget(self.function)
+        for _ in range(2):
             reference, gram, why = self._structured()
-        if gram is not None and self._complete(gram):
-            return gram
+            if gram is not None and self._complete(gram):
+                return gram
+            forget(self.function)  # and check again: the model may have changed since it was checked
+            if not self.recalled:
+                break
         if gram is not None:
             why = f"v^T K v misses |J^T v|^2 by {gram.check_gap:.1e} (relative)"
         gram = self._by_rows(reference)
@@ -258,9 +259,9 @@ class _Computation:
 
     def _check(self, whole: Record) -> tuple[Reference, dict[str, Any]]:
         known = remembered(self.function, whole)
-        reference, uses = checked(whole, self.function, self.memory_limit // 2, known)
+        reference, uses, has_told = checked(whole, self.function, self.memory_limit // 2, known)
         self.recalled = known is not None
-        if not self.recalled:
+        if has_told and not self.recalled:
             remember(self.function, whole, uses)
         return reference, uses
 
@@ -319,11 +320,12 @@ class _Computation:
         n, width = whole.outputs.shape
         sweeper = Sweeper(self.function, self.inputs, whole, self.memory_limit // 4)
         groups = _packed(terms, self._most(whole))
-        if not any(sweeper.keeps_whole(group) for group in groups):
+        held = any(sweeper.keeps_whole(group) for group in groups)
+        if not held:
             whole.release()
         totals: dict[str, Accumulator] = {}
         for group in groups:
-            sweeper.run(group, whole if sweeper.keeps_whole(group) else None)
+            sweeper.run(group, whole if held and sweeper.keeps_whole(group) else None)
             for term in group:
                 key = self._key(term)
                 if key not in totals:

@@ -107,6 +107,8 @@ def _recorder(names: dict[int, str], calls: list[Call]) -> Any:
         rule = rule_of(module)
         if rule is None or not isinstance(x, Tensor) or not isinstance(output, Tensor) or not output.requires_grad:
             return
+        if output.is_nested:  # no shape to read samples from
+            return
         kind, holds = rule
         own = {role: module._parameters.get(role) for role in ("weight", "bias")}  # others make these: weight_orig, ...
         used = {role: names[id(p)] for role, p in own.items() if p is not None and id(p) in names}
@@ -158,6 +160,10 @@ def _only_moves(node: Node) -> bool:
 
 
 def _shape(node: Node) -> tuple[int, ...] | None:
-    """Shape of the output that a node made."""
+    """Shape of the output that a node made, if it has one in plain numbers (nested tensors do not)."""
     metadata = getattr(node, "_input_metadata", None)
-    return tuple(metadata[0].shape) if metadata else None
+    try:
+        shape = tuple(metadata[0].shape) if metadata else None
+    except RuntimeError:
+        return None
+    return shape if shape is not None and all(type(size) is int for size in shape) else None

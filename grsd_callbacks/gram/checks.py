@@ -61,8 +61,11 @@ def random_like(x: Tensor, seed: int) -> Tensor:
 
 def checked(
     record: Record, function: ModelFunction, memory_limit: int, known: Uses | None = None
-) -> tuple[Reference, Uses]:
+) -> tuple[Reference, Uses, bool]:
     """J^T v, and the uses that pass both checks (layouts and active positions of their calls now settled).
+
+    Last, whether every call had a gradient to be checked by: where it is zero (a branch that starts at zero) anything
+    passes, which is right for this kernel and tells nothing of a later one.
 
     Cost: two backward passes for every `memory_limit` bytes of gradients at the layers' outputs; one if the uses are
         `known` (layouts settled).
@@ -91,7 +94,7 @@ def checked(
     norm_sq = float(torch.stack(squares).sum()) if squares else 0.0
     if known is None:
         known = {name: pairs for name, pairs in record.uses.items() if _rule_holds(pairs, shares, gradients[name])}
-    return Reference(v, gradients, norm_sq), known
+    return Reference(v, gradients, norm_sq), known, all(size > 0 for _, size in shares.values())
 
 
 def _groups(calls: list[Call], most: int) -> list[list[Call]]:
