@@ -182,3 +182,14 @@ def test_the_host_waits_as_often_for_a_deep_net_as_for_a_shallow_one(layer):
             exact_gram(ModelFunction(model), x)
         counts.append(waits.count)
     assert counts[0] == counts[1] <= 3
+
+
+def test_rules_are_checked_anew_after_some_kernels(checks, monkeypatch):
+    monkeypatch.setattr(verified, "RECALLS", 2)
+    model, x = built("mlp")
+    seen = []
+    for _ in range(7):
+        exact_gram(ModelFunction(model), x)
+        seen.append(len(checks))
+    once = seen[0]
+    assert seen == [once, once, once, 2 * once, 2 * once, 2 * once, 3 * once]

@@ -111,10 +111,10 @@ def exact_gram(
         RuntimeWarning: the structured kernel failed its check (samples that interact, say) and was recomputed
             from explicit rows.
 
-    Cost: three passes over the batch (two for a graph seen before), C backward passes; then per layer, by measured rates, the least of
-        m^2 p q + m T p q (rows), m^2 q + n^2 p (one position) and n^2 T^2 p + n m T^2 q + m^2 T q (T positions),
-        squares halved by symmetry. Parameters without a rule add C backward passes under `torch.func.vmap` (where
-        it refuses, or they are large, m on single samples), and m^2 times their number.
+    Cost: three passes over the batch (two for a graph seen before), C backward passes; then per layer, by measured
+        rates, the least of m^2 p q + m T p q (rows), m^2 q + n^2 p (one position) and n^2 T^2 p + n m T^2 q + m^2 T q
+        (T positions), squares halved by symmetry. Parameters without a rule add C backward passes under
+        `torch.func.vmap` (where it refuses, or they are large, m on single samples), and m^2 times their number.
 
     Accuracy: gradients in the model's dtype, all sums over parameters in float64: eigenvalues right to the
         dtype's rounding of J, so small ones to about eps (lambda_max / lambda)^(1/2) of themselves. With `sums` in
