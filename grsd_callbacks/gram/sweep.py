@@ -125,11 +125,10 @@ class Sweeper:
         Terms that multiply as they go want many columns at once, the others many samples.
         """
         calls, leaves = _sources(terms)
+        transient = _TRANSIENT * self.widest // self.n
         if not self._at_once(calls):  # what passes by column is not held
-            calls, leaves = _sources([term for term in terms if not term.streams])
-        numel = sum(call.numel for call in calls) // self.n
-        if self._at_once(calls):
-            numel += _TRANSIENT * self.widest // self.n
+            (calls, leaves), transient = _sources([term for term in terms if not term.streams]), 0
+        numel = sum(call.numel for call in calls) // self.n + transient
         numel += sum(self.function.parameters[name].numel() for name in leaves)
         rows = max(1, self.memory_limit // max(self.itemsize * numel, 1))
         fewest = _COLUMNS_TO_MULTIPLY if any(term.multiplies for term in terms) else 1
