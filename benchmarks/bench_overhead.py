@@ -185,6 +185,11 @@ def side_by_side(name: str, args: argparse.Namespace, steps: int, what: str, *, 
     return {variant: json.loads(text.splitlines()[-1]) for variant, text in found.items()}
 
 
+def num_cores() -> int:
+    """Cores that a process can be bound to; none where the system cannot."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+
+
 def one(args: argparse.Namespace) -> None:
     """One run on one core, its figures as the last line."""
     variant, core = args.one.split(":")
@@ -303,8 +308,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     if args.one:
         one(args)
         return {}
-    if args.together and len(os.sched_getaffinity(0)) < 2:
-        parser.error("--together needs two cores")
+    if args.together and num_cores() < 2:
+        parser.error("--together needs two cores that a process can be bound to (Linux)")
     torch.set_num_threads(args.threads)
     results = []
     for name in common.chosen(STEPS[args.size], args.cases):
