@@ -176,12 +176,16 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
 def side_by_side(name: str, args: argparse.Namespace, steps: int, what: str, *, swapped: bool) -> dict[str, Any]:
     """A run without a callback and one with, at the same time on two cores."""
     cores = sorted(os.sched_getaffinity(0))[:2]
+    root = str(Path(__file__).parent.parent)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     workers = {}
     for variant, core in zip(("off", what), reversed(cores) if swapped else cores):
         command = [sys.executable, __file__, "--size", args.size, "--steps", str(steps), "--cases", name]
         command += ["--logdir", str(args.logdir / variant), "--one", f"{variant}:{core}"]
-        workers[variant] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        workers[variant] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     found = {variant: worker.communicate()[0] for variant, worker in workers.items()}
+    if any(worker.returncode for worker in workers.values()):
+        raise RuntimeError("a run ended with an error, shown above")
     return {variant: json.loads(text.splitlines()[-1]) for variant, text in found.items()}
 
 
