@@ -10,7 +10,18 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "grsd_callbacks"
 
 LEVELS = {
-    0: {"arguments", "distributed", "guard", "json_lines", "lean", "memory", "notice", "patches", "sample_axis"},
+    0: {
+        "arguments",
+        "distributed",
+        "factors",
+        "guard",
+        "json_lines",
+        "lean",
+        "memory",
+        "notice",
+        "patches",
+        "sample_axis",
+    },
     1: {"functional", "krylov", "layers", "losses", "optimizer", "probe", "sharded"},
     2: {"kernel", "chunks", "gram", "paths", "plan", "training_step"},
     3: {"method", "randomized", "spectrum", "team", "observation", "refusals", "settings"},

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grsd_callbacks.factors import products
 from grsd_callbacks.functional import ModelFunction
 from grsd_callbacks.gram.capture import Record, Uses
-from grsd_callbacks.layers import Call, products
+from grsd_callbacks.layers import Call
 from grsd_callbacks.losses import wide_dtype
 
 #: allowed relative error of J_p^T v, and of v^T K v = |J^T v|^2, by dtype of the model

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from grsd_callbacks.factors import products
 from grsd_callbacks.gram.contraction import triangle
-from grsd_callbacks.layers import Call, products
+from grsd_callbacks.layers import Call
 
 if TYPE_CHECKING:
     from grsd_callbacks.gram.contraction import Accumulator

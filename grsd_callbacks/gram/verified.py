@@ -57,9 +57,10 @@ def remember(function: ModelFunction, record: Record, uses: Uses) -> None:
     memory = _MEMORIES.setdefault(function.model, {})
     index = {call: i for i, call in enumerate(record.calls)}
     found = {name: [(index[call], role, call.layout) for call, role in pairs] for name, pairs in uses.items()}
+    memory.pop(signature := _signature(function, record), None)
     while len(memory) >= _MOST:
         memory.pop(next(iter(memory)))
-    memory[_signature(function, record)] = _Entry(found)
+    memory[signature] = _Entry(found)
 
 
 def forget(function: ModelFunction) -> None:
