@@ -6,10 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from grsd_callbacks.memory import BLOCK, GRAPH_MEMORY, SavedBytes, graph_memory, is_out_of_memory, row_blocks
+from grsd_callbacks.memory import BLOCK, GRAPH_MEMORY, SavedBytes, empty, graph_memory, is_out_of_memory, row_blocks
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,29 @@ def test_each_storage_is_counted_once_and_known_ones_not():
 def test_the_default_bound(device):
     assert graph_memory(torch.device("cpu")) == GRAPH_MEMORY
     assert graph_memory(device) >= GRAPH_MEMORY
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(0,), (3, 5), (2**10, 2**10 + 3)])
+def test_empty_is_plain_memory_of_its_own(shape, dtype):
+    first, second = (empty(shape, torch.zeros(1, dtype=dtype)).fill_(value) for value in (1, 2))
+    assert first.shape == shape and first.dtype == dtype and first.is_contiguous()
+    assert (first == 1).all() and (second == 2).all()
+    assert first.data_ptr() % 64 == 0
+
+
+def test_memory_that_numpy_cannot_have_is_asked_of_torch(monkeypatch):
+    def refuse(*args, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(np, "empty", refuse)
+    assert empty((2**11, 2**10), torch.zeros(1, dtype=torch.float64)).shape == (2**11, 2**10)
+
+
+def test_memory_beyond_all_bounds_is_reported_as_torch_does():
+    with pytest.raises(RuntimeError) as raised:
+        empty((2**25, 2**25), torch.zeros(1, dtype=torch.float64))
+    assert is_out_of_memory(raised.value)
 
 
 def test_rows_come_in_blocks():

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from grsd_callbacks.memory import empty
+
 #: triangle blocks smaller than this many rows cost more in calls than they save in multiplications
 _MIN_BLOCK = 40
 _MAX_BLOCKS = 12
@@ -43,7 +45,7 @@ class Accumulator:
         dtype, self.dtype = dtypes
         self.memory_limit = memory_limit
         m = n * width
-        self.matrix = torch.zeros(m, m, dtype=dtype, device=device)
+        self.matrix = empty((m, m), torch.empty(0, dtype=dtype, device=device)).zero_()
         self._by_sample = self.matrix.view(n, width, n, width)
         #: columns of rows gathered and multiplied at a time
         self.columns = max(1, min(memory_limit // (8 * max(m, 1)), max(1024, m)))
@@ -183,7 +185,9 @@ class Accumulator:
         return iter(x.split(max(1, self.memory_limit // (8 * max(len(x), 1))), dim=1))
 
     def _wide(self, x: Tensor) -> Tensor:
-        return x.contiguous() if x.dtype == self.dtype else x.new_empty(x.shape, dtype=self.dtype).copy_(x)
+        if x.dtype == self.dtype:
+            return x.contiguous()
+        return empty(x.shape, x.new_empty(0, dtype=self.dtype)).copy_(x)
 
     def _blocks(self) -> Iterator[slice]:
         """Row ranges of whole samples for the block triangle."""
