@@ -398,6 +398,25 @@ def test_closed_form():
     assert relative(found.matrix, torch.kron(x @ x.T + 1, identity)) < 1e-14
 
 
+@pytest.mark.parametrize("kind", ["mlp", "conv2d", "gpt", "twice"])
+def test_kernels_of_blocks_given_by_a_mapping(kind):
+    model, x = built(kind)
+    owner = {name: "even" if i % 2 == 0 else "odd" for i, (name, _) in enumerate(model.named_parameters())}
+    single = exact_gram(ModelFunction(model), x, blocks="parameter").blocks
+    found = exact_gram(ModelFunction(model), x, blocks=owner)
+    assert set(found.blocks) == {owner[name] for name in single}
+    for block, kernel in found.blocks.items():
+        assert relative(kernel, sum(k for name, k in single.items() if owner[name] == block)) < 1e-12
+    assert relative(found.matrix, sum(found.blocks.values())) < 1e-14
+    assert all(found.matrix.data_ptr() != kernel.data_ptr() for kernel in found.blocks.values())
+
+
+def test_blocks_that_leave_a_parameter_out():
+    model, x = built("mlp")
+    with pytest.raises(ValueError, match=r"blocks must name the block of every measured parameter, it lacks \['0.bias"):
+        exact_gram(ModelFunction(model), x, blocks={"0.weight": "first"})
+
+
 def test_unused_and_dead_parameters_are_told_apart():
     model, x = built("unused")
     assert exact_gram(ModelFunction(model), x).num_unused == 2
@@ -574,7 +593,7 @@ def test_memory_that_never_suffices_and_other_errors_come_out(monkeypatch):
 
 def test_arguments_and_outputs_are_checked():
     model, x = built("mlp")
-    with pytest.raises(ValueError, match="blocks must be None, 'parameter' or 'module', got 'layer'"):
+    with pytest.raises(ValueError, match="blocks must be None, 'parameter', 'module' or a mapping .*, got 'layer'"):
         exact_gram(ModelFunction(model), x, blocks="layer")
     with pytest.raises(ValueError, match="one row per sample"):
         exact_gram(ModelFunction(model, outputs=lambda y: y.flatten()), x)

@@ -27,6 +27,7 @@ from grsd_callbacks import (
     resolve_loss,
     time_rescaling_covariance,
 )
+from grsd_callbacks.renormalizability import BlockOperator
 from grsd_callbacks.renormalizability.couplings import refined, shell_couplings
 from grsd_callbacks.renormalizability.flow import sharp_transfer, shell_flux
 from grsd_callbacks.testing import CovariantChain, PowerLawKernel
@@ -216,7 +217,7 @@ def test_half_products_are_those_of_the_submatrices():
 
 
 def test_an_operator_with_blocks_forms_one_kernel(monkeypatch):
-    from grsd_callbacks.renormalizability import BlockOperator, blocks
+    from grsd_callbacks.renormalizability import blocks
 
     calls, original = [], blocks.exact_gram
     monkeypatch.setattr(blocks, "exact_gram", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
@@ -225,6 +226,20 @@ def test_an_operator_with_blocks_forms_one_kernel(monkeypatch):
     kernels = block_kernels(op, find_blocks(net))
     assert relative(op.gram(), sum(kernels.values())) < 1e-12 and len(calls) == 1
     assert relative(op.gram(), NTKOperator(net, x).gram()) < 1e-12
+
+
+def test_an_operator_keeps_one_kernel_a_block_and_others_can_be_asked_for():
+    net, x = Framed().double(), randn(6, 5)
+    op, own = BlockOperator(net, x), find_blocks(net)
+    assert sorted(op.exact_gram().blocks) == sorted(block.name for block in own)  # not one a layer
+    kernels, two = block_kernels(op, own), find_blocks(net, ["layers.0", "head"])
+    named = BlockOperator(net, x, blocks=["layers.0", "head"])
+    for found in (block_kernels(op, two), block_kernels(named, two)):
+        assert list(found) == [block.name for block in two]
+        assert all(relative(found[name], kernels[name]) < 1e-12 for name in ("layers.0", "head", "stem"))
+        assert relative(sum(found.values()), op.gram()) < 1e-12
+    some = block_kernels(op, [block for block in own if block.name == "head"])
+    assert list(some) == ["head"] and relative(some["head"], kernels["head"]) < 1e-12
 
 
 def test_block_kernels_sum_to_the_kernel_and_match_dense_ones():

@@ -11,6 +11,8 @@ Letters: n samples, C outputs per sample, m = n C rows, P parameters.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,6 +50,16 @@ def checked_sums(name: str, dtype: torch.dtype | None) -> torch.dtype | None:
     return dtype
 
 
+def checked_blocks(blocks: str | Mapping[str, str] | None, function: ModelFunction) -> None:
+    """ValueError unless `blocks` says to which block each parameter belongs."""
+    if isinstance(blocks, Mapping):
+        missing = [name for name in function.parameters if name not in blocks]
+        if missing:
+            raise ValueError(f"blocks must name the block of every measured parameter, it lacks {missing[:3]}")
+    elif blocks not in (None, "parameter", "module"):
+        raise ValueError(f"blocks must be None, 'parameter', 'module' or a mapping of parameters, got {blocks!r}")
+
+
 @dataclass(frozen=True, eq=False)
 class Gram:
     """The exact J J^T and how it was computed.
@@ -56,7 +68,7 @@ class Gram:
         matrix: J J^T, shape (m, m), float64 where the device has it, symmetric.
         paths: for every parameter name, the form its contribution took ("unused": it has none).
         num_unused: parameters whose gradient is identically zero on the probe (zero columns of J).
-        blocks: J_p J_p^T by parameter or module, if asked for; they sum to `matrix`.
+        blocks: J_p J_p^T by parameter, module or block, if asked for; they sum to `matrix`.
         check_gap: |v^T K v - |J^T v|^2| / |J^T v|^2 for a random v.
     """
 
@@ -87,7 +99,7 @@ def exact_gram(
     inputs: Any,
     *,
     memory_limit: int | None = None,
-    blocks: str | None = None,
+    blocks: str | Mapping[str, str] | None = None,
     sums: torch.dtype | None = None,
 ) -> Gram:
     """J J^T of a model on a batch, accumulated in float64.
@@ -98,14 +110,16 @@ def exact_gram(
         memory_limit: bytes of temporaries held at a time (gradients, rows, float64 copies), beside the matrix
             and the graph of one forward on the batch; None: `row_memory`. Smaller is slower, never different. Where
             memory runs out all the same it is halved, as often as needed.
-        blocks: also return the kernels of "parameter"s or "module"s, m^2 numbers each.
+        blocks: also return the kernels of "parameter"s, of "module"s, or of the blocks named for every parameter in
+            a mapping, m^2 numbers each.
         sums: dtype of the products that are added up in float64; None is float64 where the device has it.
 
     Returns:
         The kernel, and by which form each parameter entered it.
 
     Raises:
-        ValueError: `blocks` is unknown; outputs that are not (n, ...) or do not depend on the parameters.
+        ValueError: `blocks` is unknown or lacks a parameter; outputs that are not (n, ...) or do not depend on the
+            parameters.
 
     Warns:
         RuntimeWarning: the structured kernel failed its check (samples that interact, say) and was recomputed
@@ -128,8 +142,7 @@ def exact_gram(
         >>> found.check_gap < 1e-6, found.num_unused
         (True, 0)
     """
-    if blocks not in (None, "parameter", "module"):
-        raise ValueError(f"blocks must be None, 'parameter' or 'module', got {blocks!r}")
+    checked_blocks(blocks, function)
     checked_sums("sums", sums)
     while True:
         computation = _Computation(function, inputs, memory_limit, blocks, sums)
@@ -159,7 +172,7 @@ class _Computation:
         function: ModelFunction,
         inputs: Any,
         memory_limit: int | None,
-        blocks: str | None,
+        blocks: str | Mapping[str, str] | None,
         sums: torch.dtype | None = None,
     ) -> None:
         self.function, self.inputs = function, inputs
@@ -299,7 +312,12 @@ class _Computation:
         n = self.n
         term = FactoredTerm(call, [name], n, width, self.sums)
         bias = call.names.get("bias")
-        joint = self.blocks != "parameter" and term.method != "rows" and call.path in ("linear", "conv")
+        joint = (
+            bias is not None
+            and self._key(bias) == self._key(name)
+            and term.method != "rows"
+            and call.path in ("linear", "conv")
+        )
         names = [name, bias] if joint and bias in uses and len(uses[bias]) == 1 else [name]
         parts = spans(call.q, term.kept // call.q, most)
         return [FactoredTerm(call, names, n, width, self.sums, span) for span in parts]
@@ -324,27 +342,34 @@ class _Computation:
         if not held:
             whole.release()
         totals: dict[str, Accumulator] = {}
+        remaining = Counter(self._key(term.names[0]) for term in terms)
+        matrices: dict[str, Tensor] = {}
         for group in groups:
             sweeper.run(group, whole if held and sweeper.keeps_whole(group) else None)
             for term in group:
-                key = self._key(term)
+                key = self._key(term.names[0])
                 if key not in totals:
                     totals[key] = self._accumulator(n, width)
                 term.contract(totals[key])
-        if not totals:
-            totals[""] = self._accumulator(n, width)
-        matrices = {key: total.finish() for key, total in totals.items()}
-        parts = list(matrices.values())
-        matrix = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-        return Gram(
-            matrix, self._paths(terms), len(whole.unused), matrices if self.blocks else None, reference.gap(matrix)
-        )
+                remaining[key] -= 1
+                if not remaining[key]:
+                    matrices[key] = totals.pop(key).finish()
+        if not matrices:
+            matrices[""] = self._accumulator(n, width).finish()
+        first, *others = matrices.values()
+        matrix = first.clone() if others else first
+        for other in others:
+            matrix += other
+        blocks = matrices if self.blocks is not None else None
+        return Gram(matrix, self._paths(terms), len(whole.unused), blocks, reference.gap(matrix))
 
     def _accumulator(self, n: int, width: int) -> Accumulator:
         return Accumulator(n, width, (self.wide, self.sums), self.function.device, self.memory_limit // 8)
 
-    def _key(self, term: Term) -> str:
-        name = term.names[0]
+    def _key(self, name: str) -> str:
+        """The block of a parameter."""
+        if isinstance(self.blocks, Mapping):
+            return self.blocks[name]
         return {"parameter": name, "module": name.rpartition(".")[0]}.get(self.blocks or "", "")
 
     def _paths(self, terms: list[Term]) -> dict[str, str]:

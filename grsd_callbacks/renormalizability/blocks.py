@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +20,13 @@ from grsd_callbacks.arguments import checked
 from grsd_callbacks.exponents.intervals import student_quantile
 from grsd_callbacks.gram import Gram, exact_gram
 from grsd_callbacks.kernel import NTKOperator
+from grsd_callbacks.memory import row_blocks
 from grsd_callbacks.renormalizability.verdicts import Z
 
 #: half-samples of the probe behind an interval
 NUM_RESAMPLES = 24
+#: what no module can be called
+_NO_BLOCK = "."
 
 
 @dataclass(frozen=True)
@@ -100,37 +104,46 @@ def _named(model: nn.Module, names: list[str], measured: list[str]) -> list[str]
 
 
 class BlockOperator(NTKOperator):
-    """An operator whose exact kernel is formed once, with its parts by module, so that `block_kernels` forms none."""
+    """An operator whose exact kernel is formed once, with its parts by block, so that `block_kernels` forms none.
 
-    _by_module: Gram | None = None
+    Args:
+        model, inputs, options: as for `NTKOperator`.
+        blocks: names of the block modules, see `find_blocks`.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Any, *, blocks: Sequence[str] | None = None, **options: Any) -> None:
+        super().__init__(model, inputs, **options)
+        self.blocks = find_blocks(model, blocks, self.parameter_names)
+        self._gram: Gram | None = None
 
     def exact_gram(self, *, memory_limit: int | None = None) -> Gram:
-        """As for every operator, with `blocks`: m^2 numbers a module, kept as long as the operator."""
-        if self._by_module is None:
+        """As for every operator, with `blocks`: m^2 numbers a block, kept as long as the operator."""
+        if self._gram is None:
             limit, sums = memory_limit or self.gram_memory, self.gram_dtype
-            self._by_module = exact_gram(self.function, self.inputs, memory_limit=limit, blocks="module", sums=sums)
-        return self._by_module
+            owner = _owners(self.blocks)
+            self._gram = exact_gram(self.function, self.inputs, memory_limit=limit, blocks=owner, sums=sums)
+        return self._gram
+
+
+def _owners(blocks: Sequence[Block]) -> dict[str, str]:
+    """The block of every parameter."""
+    return {name: block.name for block in blocks for name in block.parameters}
 
 
 @checked
 def block_kernels(op: NTKOperator, blocks: Sequence[Block]) -> dict[str, Tensor]:
-    """J_l J_l^T of every block, float64, shape (m, m); they sum to J J^T exactly.
+    """J_l J_l^T of every block, float64, shape (m, m); they sum to J J^T exactly if all parameters are in a block.
 
-    Cost: one exact kernel (none where a `BlockOperator` has formed it) and m^2 floats a block.
+    Cost: one exact kernel (none where a `BlockOperator` of these blocks has formed it) and m^2 floats a block.
     """
-    if isinstance(op, BlockOperator):
-        by_module = op.exact_gram().blocks or {}
+    if isinstance(op, BlockOperator) and op.blocks == list(blocks):
+        found = op.exact_gram().blocks or {}
     else:
-        by_module = exact_gram(op.function, op.inputs, memory_limit=op.gram_memory, blocks="module").blocks or {}
+        owner = {**dict.fromkeys(op.parameter_names, _NO_BLOCK), **_owners(blocks)}
+        found = exact_gram(op.function, op.inputs, memory_limit=op.gram_memory, blocks=owner).blocks or {}
     m = op.shape[0]
-    kernels = {}
-    for block in blocks:
-        modules = dict.fromkeys(p.rpartition(".")[0] for p in block.parameters)
-        parts = [by_module[name] for name in modules if name in by_module]
-        kernels[block.name] = (
-            torch.stack(parts).sum(0) if parts else torch.zeros(m, m, dtype=torch.float64, device=op.device)
-        )
-    return kernels
+    nothing = torch.zeros(m, m, dtype=torch.float64, device=op.device)
+    return {block.name: found.get(block.name, nothing) for block in blocks}
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,8 +230,11 @@ def block_incoherence(
 
 def _products(kernels: list[Tensor]) -> np.ndarray:
     """tr(M_l M_m), shape (L, L)."""
-    flat = torch.stack([k.reshape(-1) for k in kernels])
-    return (flat @ flat.T).cpu().numpy()
+    total = kernels[0].new_zeros(len(kernels), len(kernels))
+    for rows in row_blocks(*kernels[0].shape):
+        flat = torch.stack([k[rows].reshape(-1) for k in kernels])
+        total += flat @ flat.T
+    return total.cpu().numpy()
 
 
 def _cross_share(G: np.ndarray) -> float:

@@ -170,8 +170,9 @@ def measure_conditions(
     """
     loss = loss if isinstance(loss, Loss) else resolve_loss(loss)
     probe = probe if isinstance(probe, Probe) else probe_from(probe, None)
-    op = BlockOperator(model, probe.inputs, params=params, outputs=outputs, dtype=dtype)
-    return conditions_at(op, probe, loss, settings or ConditionSettings(), grid, thorough=thorough)
+    settings = settings or ConditionSettings()
+    op = BlockOperator(model, probe.inputs, blocks=settings.blocks, params=params, outputs=outputs, dtype=dtype)
+    return conditions_at(op, probe, loss, settings, grid, thorough=thorough)
 
 
 def conditions_at(
@@ -208,7 +209,9 @@ def _measured(
     seed, num_resamples = settings.seed, settings.num_resamples
     num_null = settings.num_null if thorough else 0
     kernels = block_kernels(op, blocks)
-    kernel = torch.stack(list(kernels.values())).sum(0)
+    kernel = torch.zeros_like(next(iter(kernels.values())))
+    for part in kernels.values():
+        kernel += part
     spectrum = spectrum or eigendecomposition(kernel, r.nu)
     drift = -math.sqrt(r.nu) * op.vjp(r.residual)  # dtheta/dt = -grad L
     moved = kernel_velocity(op, drift)
