@@ -139,8 +139,8 @@ class ModelFunction:
         inputs = tree_map(self._as_input, inputs)
         call = getattr(self.extract, "call", call_model)  # what is observed may be more than the model's own call
         if parameters is None:
-            return call(self.model, inputs)
-        return self._call(parameters, lambda: call(self.model, inputs))
+            return _with_gradients_if_needed(lambda: call(self.model, inputs))
+        return self._call(parameters, lambda: _with_gradients_if_needed(lambda: call(self.model, inputs)))
 
     def outputs(self, inputs: Any, parameters: dict[str, Tensor] | None = None) -> Tensor:
         """f, shape (n, ...), differentiable in the copies. Call inside `run`."""
@@ -159,6 +159,18 @@ class ModelFunction:
             return leaf
         leaf = leaf.detach().to(self.device)
         return leaf.to(self._target) if leaf.is_floating_point() else leaf
+
+
+def _with_gradients_if_needed(call: Callable[[], Any]) -> Any:
+    """The result of a forward; under `no_grad` also of one that differentiates its own layers (PINNs, forces)."""
+    try:
+        return call()
+    except RuntimeError as error:
+        if torch.is_grad_enabled() or "not require grad" not in str(error):
+            raise
+    with torch.enable_grad():
+        raw = call()
+    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, raw)
 
 
 def select_parameters(model: nn.Module, params: ParameterFilter = None) -> dict[str, nn.Parameter]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -212,9 +212,10 @@ def calibrate(loss: Loss, outputs: Tensor, targets: Any, seed: int = 0) -> Loss:
     """
     if loss.kind != "general" or loss.nu is not None:
         return loss
-    curvature = _scalar_curvature(loss, outputs, targets, seed)
-    if curvature is None:
+    found = curvatures(loss, outputs, targets, [outputs.shape[1:].numel()], seed)
+    if found is None:
         return loss
+    (curvature,) = found
     fixed = Loss(loss.function, "general", curvature)
     at = fixed.evaluate(outputs, targets)
     half_norm = 0.5 * float(at.residual @ at.residual)
@@ -222,10 +223,18 @@ def calibrate(loss: Loss, outputs: Tensor, targets: Any, seed: int = 0) -> Loss:
     return Loss(loss.function, "squared" if is_squared else "general", curvature)
 
 
-def _scalar_curvature(loss: Loss, outputs: Tensor, targets: Any, seed: int) -> float | None:
-    """nu if d2L/df2 = nu I at the outputs (to 1e-6, both at f and at a shifted f), else None."""
+def curvatures(loss: Loss, outputs: Tensor, targets: Any, widths: Sequence[int], seed: int = 0) -> list[float] | None:
+    """nu by part where d2L/df2 is nu times the identity on each part of the outputs, and zero between parts.
+
+    To 1e-6, at f and at a shifted f; None if it is not.
+
+    Args:
+        loss, outputs, targets: L, f of shape (n, ...) and what it is compared with.
+        widths: numbers of a sample's outputs in each part.
+        seed: of the private generator that draws the vectors.
+    """
     generator = torch.Generator().manual_seed(seed)
-    found: list[float] = []
+    found: list[list[float]] = []
     for shift in (0.0, 1.0):
         z = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs.device)
         z = z.to(wide_dtype(outputs.device))
@@ -240,11 +249,13 @@ def _scalar_curvature(loss: Loss, outputs: Tensor, targets: Any, seed: int) -> f
                 return None
         if product is None:
             return None
-        ratio = float((product * z).sum() / (z * z).sum())
-        if not ratio > 0 or float((product - ratio * z).norm()) > 1e-6 * float(product.norm()):
-            return None
-        found.append(ratio)
-    return found[0] if math.isclose(found[0], found[1], rel_tol=1e-6) else None
+        found.append([])
+        for Hz, part in zip(*(x.flatten(1).split(list(widths), 1) for x in (product, z)), strict=True):
+            ratio = float((Hz * part).sum() / (part * part).sum())
+            if not ratio > 0 or float((Hz - ratio * part).norm()) > 1e-6 * float(Hz.norm()):
+                return None
+            found[-1].append(ratio)
+    return found[0] if all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(*found)) else None
 
 
 def _cross_entropy_scale(loss: nn.CrossEntropyLoss, outputs: Tensor, targets: Tensor) -> float:

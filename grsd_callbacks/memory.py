@@ -55,6 +55,24 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in message or "can't allocate" in message
 
 
+def graph_bytes(tensors: Iterable[Tensor | None]) -> int:
+    """Bytes of all that was computed on the way to some tensors, each once: more, as a rule, than their graphs hold.
+
+    For where `SavedBytes` is refused. Nodes that do not say what they made (nested tensors) count nothing.
+    """
+    stack: list[Any] = [t.grad_fn for t in tensors if t is not None and t.grad_fn is not None]
+    seen, total = set(stack), 0
+    while stack:
+        node = stack.pop()
+        for made in () if hasattr(node, "variable") else getattr(node, "_input_metadata", ()):
+            shape = tuple(made.shape)
+            total += math.prod(shape) * made.dtype.itemsize if all(type(size) is int for size in shape) else 0
+        further = {after for after, _ in node.next_functions if after is not None} - seen
+        seen |= further
+        stack += further
+    return total
+
+
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
     """Counts the bytes that graphs built inside it hold, each storage once.
 

@@ -10,6 +10,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from grsd_callbacks.functional import ModelFunction
 from grsd_callbacks.losses import wide_dtype
-from grsd_callbacks.memory import SavedBytes
+from grsd_callbacks.memory import SavedBytes, graph_bytes
 from grsd_callbacks.notice import notice
 from grsd_callbacks.paths import FORWARD_PATHS, Products
 from grsd_callbacks.probe import take
@@ -82,7 +83,7 @@ class Trial:
         few = n if function.interacting else max(2, n // TRIAL_SHARE)
         self.inputs, self.num_samples = (inputs, n) if few >= n else (take(inputs, slice(0, few), n), few)
         self._known = [*function.parameters.values(), *function.constants, *tree_leaves(inputs)]
-        self._saved = SavedBytes(self._known)
+        self._saved: SavedBytes | None = None
         self._products: Products | None = None
 
     def lean_gap(self) -> str:
@@ -100,13 +101,14 @@ class Trial:
 
     def sample_bytes(self, lean: bool) -> float:
         """Bytes that the graphs of one sample hold, those of double backward included where there is one."""
-        products = self._built(lean)
-        with self._saved:
+        products, pulled = self._built(lean), list[Tensor | None]()
+        with self._saved or nullcontext():
             try:
-                products.pull()
+                pulled = products.pull()
             except (RuntimeError, NotImplementedError):  # no second derivative: the other paths hold one graph
                 pass
-        return self._saved.total / self.num_samples
+        total = graph_bytes([products.outputs, *pulled]) if self._saved is None else self._saved.total
+        return total / self.num_samples
 
     def chunk_size(self, n: int, sample_bytes: float, memory_limit: int) -> int:
         """Samples per graph for n samples: all that fit into the bound together, else a part of what fits."""
@@ -176,9 +178,14 @@ class Trial:
         """The products of the trial; what their graphs hold is counted."""
         if self._products is None or self._products.lean != lean:
             products = Products(self.function, self.inputs, lean=lean)
-            self._saved = SavedBytes(self._known)
-            with self._saved:
-                products.outputs  # noqa: B018  builds the graph
+            try:
+                with SavedBytes(self._known) as self._saved:
+                    products.outputs  # noqa: B018  builds the graph
+            except RuntimeError as error:
+                if "saved tensor hooks" not in str(error):
+                    raise
+                self._saved = None  # torch.func's transforms inside the model refuse them
+                products.outputs  # noqa: B018
             self._products = products
         return self._products
 

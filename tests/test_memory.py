@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from grsd_callbacks.memory import BLOCK, GRAPH_MEMORY, SavedBytes, empty, graph_memory, is_out_of_memory, row_blocks
+from grsd_callbacks.memory import (
+    BLOCK,
+    GRAPH_MEMORY,
+    SavedBytes,
+    empty,
+    graph_bytes,
+    graph_memory,
+    is_out_of_memory,
+    row_blocks,
+)
 
 
 @pytest.mark.parametrize(
@@ -38,6 +47,19 @@ def test_each_storage_is_counted_once_and_known_ones_not():
 def test_the_default_bound(device):
     assert graph_memory(torch.device("cpu")) == GRAPH_MEMORY
     assert graph_memory(device) >= GRAPH_MEMORY
+
+
+def test_bytes_read_off_a_graph_are_at_least_those_it_holds():
+    net = torch.nn.Sequential(torch.nn.Linear(50, 100), torch.nn.Tanh(), torch.nn.Linear(100, 20))
+    x = torch.ones(64, 50)
+    with SavedBytes([*net.parameters(), x]) as saved:
+        y = net(x)
+    made = 4 * 64 * (100 + 100 + 20)  # what the three layers return
+    assert (
+        saved.total <= made <= graph_bytes([y, None]) <= made + 4 * 2 * (50 * 100 + 100 * 20)
+    )  # and transposed weights
+    assert graph_bytes([y, y * 1]) == graph_bytes([y]) + 4 * 64 * 20
+    assert graph_bytes([x]) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -229,6 +229,113 @@ def test_rows_that_a_mask_has_picked_are_no_samples():
     assert float(instant.budget.dissipation.sum()) == pytest.approx(norm, rel=1e-9)
 
 
+class Field(nn.Module):
+    """A physics-informed net: the residual of u_t = u_xx inside, and values on the boundary."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 1))
+
+    def residual(self, x):
+        x = x.clone().requires_grad_()
+        (g,) = torch.autograd.grad(self.net(x).sum(), x, create_graph=True)
+        (h,) = torch.autograd.grad(g[:, 0].sum(), x, create_graph=True)
+        return g[:, 1] - h[:, 0]
+
+
+class Residual(Field):
+    def training_step(self, batch):
+        return (self.residual(batch[0]) ** 2).mean()
+
+
+class Transforms(Field):
+    """The same by torch.func."""
+
+    def residual(self, x):
+        def u(point):
+            return self.net(point.unsqueeze(0)).squeeze()
+
+        g, h = torch.func.vmap(torch.func.grad(u))(x), torch.func.vmap(torch.func.hessian(u))(x)
+        return g[:, 1] - h[:, 0, 0]
+
+    training_step = Residual.training_step
+
+
+class Boundary(Field):
+    """Two terms on points of their own."""
+
+    def training_step(self, batch):
+        return self.residual(batch[0]).pow(2).mean() + 0.5 * F.mse_loss(self.net(batch[1]), batch[2])
+
+
+class ByHand(Field):
+    """Nothing but torch's own squares, one of them a product."""
+
+    def training_step(self, batch):
+        r, gap = self.residual(batch[0]), self.net(batch[1]) - batch[2]
+        return r.square().mean() + 0.5 * torch.mean(gap * gap)
+
+
+POINTS = [torch.rand(N, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(k)) for k in (1, 2)]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own, once
+@pytest.mark.parametrize("kind", [Residual, Transforms, Boundary, ByHand])
+@pytest.mark.parametrize("method", ["exact", "krylov"])
+def test_steps_that_differentiate_their_own_outputs(kind, method):
+    """Residuals (and boundary values) are the function: rows J = d r / d theta, weighted as in the loss."""
+    module = seeded(kind)
+    batch = [*POINTS, POINTS[1].sin().sum(1, keepdim=True)]
+    probe = Probe(*step_pair(batch))
+    found = observe_step(ModelFunction(module), probe)
+    assert found.gap < 1e-20 and not found.outputs.interacting and not found.direct
+    op = NTKOperator(module, probe.inputs, outputs=found.outputs)
+    fixed = op.run(lambda: calibrate(found.loss, op.outputs, probe.targets))
+    instant = measure(module, probe, fixed, Settings(outputs=found.outputs, method=method, num_matvecs=12))
+    leaves = list(module.parameters())
+    loss = module.training_step(batch)
+    norm = sum(float(g.square().sum()) for g in torch.autograd.grad(loss, leaves, allow_unused=True) if g is not None)
+    assert fixed.kind == "squared" and float(instant.budget.energy.sum()) == pytest.approx(loss.item(), rel=1e-9)
+    assert float(instant.budget.dissipation.sum()) == pytest.approx(norm, rel=1e-9)
+    r = module.residual(batch[0])
+    rows = [torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True) for value in r]
+    J = torch.stack([torch.cat([torch.zeros(p.numel()).double() if g is None else g.flatten()
+                                for g, p in zip(row, leaves)]) for row in rows])  # fmt: skip
+    K = op.gram()[:: op.num_outputs, :: op.num_outputs]
+    torch.testing.assert_close(K, J @ J.T, rtol=1e-9, atol=1e-12)
+
+
+class Drawn(Field):
+    """As many random points as the batch has samples."""
+
+    def training_step(self, batch):
+        return self.residual(torch.rand_like(batch[0])).square().mean()
+
+
+def test_points_that_the_step_draws_itself():
+    module, probe = seeded(Drawn), Probe(*step_pair([*POINTS]))
+    found = observe_step(ModelFunction(module), probe)
+    assert found.gap < 1e-20 and found.outputs.interacting
+    assert "training_step draws random numbers: one fixed draw is measured" in found.notes
+
+
+class NormOfWeights(Base):
+    """As many rows of weights as could be samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Linear(5, N), nn.Tanh()), nn.Linear(N, 3)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1]) + (2 * self.body[0].weight).square().mean()
+
+
+def test_squares_of_weights_are_no_outputs():
+    _, _, found = observed(NormOfWeights)
+    assert found.loss.kind == "cross_entropy" and found.direct == ["body.0.weight"] and found.gap > 0.001
+    assert "on body.0.weight directly" in warning_of_gap(found)
+
+
 class Root(Base):
     """A root mean square: its derivative is that of c times the squared error, but itself it is not."""
 
@@ -474,6 +581,43 @@ def test_a_plain_callback_measures_any_module_and_leaves_it_bit_identical(tmp_pa
     assert "because loss='auto' found no nn.MSELoss" in callback.monitor.report
     for snapshot in callback.history:
         assert abs(snapshot.closures["dissipation"]) < 1e-5
+
+
+class Physics(pl.LightningModule):
+    """A step, and another forward that differentiates its own net, never meant for `no_grad`."""
+
+    residual = Field.residual
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 1))
+
+    def forward(self, x):
+        return torch.stack([self.net(x)[:, 0], self.residual(x)], 1)
+
+    def training_step(self, batch):
+        loss = (self.residual(batch[0]) ** 2).mean() + F.mse_loss(self.net(batch[1]), batch[2])
+        self.log("train_loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+
+def points():
+    inside, edge = (torch.rand(24, 2, generator=torch.Generator().manual_seed(k)) for k in (1, 2))
+    return DataLoader(TensorDataset(inside, edge, edge.sin().sum(1, keepdim=True)), batch_size=8)
+
+
+@pytest.mark.parametrize("options", [{}, {"loss": "mse", "unpack": lambda b: (b[0], torch.zeros(len(b[0]), 2))}])
+def test_physics_informed_nets_in_a_trainer(tmp_path, options):
+    _, plain = fit(tmp_path, "plain", [], Physics, points)
+    callback = ShellDynamicsCallback(every_n_steps=2, num_probe=8, on_error="raise", **options)
+    module, image = fit(tmp_path, "measured", [callback], Physics, points)
+    assert cases.differences(plain, image) == []
+    assert len(callback.history) > 1 and callback.monitor.num_failed == 0
+    for snapshot in callback.history:
+        assert abs(snapshot.closures["dissipation"]) < 1e-5 and abs(snapshot.closures["energy"]) < 1e-5
 
 
 def test_forward_that_does_not_fit_the_batches_gives_way_to_the_step(tmp_path):

@@ -13,7 +13,8 @@ from torch.nn.modules.loss import _Loss
 from torch.utils._pytree import tree_map
 
 from grsd_callbacks.functional import ModelFunction
-from grsd_callbacks.losses import Loss, wide_dtype
+from grsd_callbacks.losses import Loss, curvatures, wide_dtype
+from grsd_callbacks.memory import is_out_of_memory
 from grsd_callbacks.probe import Probe, num_samples, take
 from grsd_callbacks.sample_axis import SampleAxis, has_time_first, parts_of, sample_axes, time_first_note
 from grsd_callbacks.training_step.observed import StepLoss, StepOutputs
@@ -106,12 +107,23 @@ def _observed(function: ModelFunction, probe: Probe, at: str, runner: StepRunner
     if not loss.requires_grad:
         raise ValueError(f"training_step's loss does not depend on the measured parameters; {REMEDY}")
     best: Observed | None = None
+    failure: RuntimeError | None = None
     for cut, direct in _cuts(loss, tape, function, n, at):
-        found = _observe_cut(function, runner, batch, loss, cut, direct)
+        try:
+            found = _observe_cut(function, runner, batch, loss, cut, direct)
+        except RuntimeError as error:  # a step that differentiates f takes no constant in its stead
+            if is_out_of_memory(error):
+                raise
+            failure = failure or error
+            continue
+        if _is_penalty(function, found.outputs, batch, cut):
+            continue
         if best is None or found.gap < best.gap:
             best = found
         if best.gap <= GAP_TOLERANCE.get(function.dtype, 1e-6):
             break
+    if best is None and failure is not None:
+        raise failure
     if best is None:
         raise ValueError(
             f"outputs='training_step:{at}': what {at!r} returns does not reach the loss; name another submodule"
@@ -127,19 +139,36 @@ def _cuts(
     """Sets of tensors that f may be made of, the best first, with the parameters that bypass them."""
     names = {id(p): name for name, p in function.parameters.items()}
     modules = dict(function.model.named_modules())
-    events = [
+    seen = [
         event
         for event in tape.events
         if _has_rows(event.tensor, n)
         and not (event.place.kind == "module" and isinstance(modules[event.place.name], _Loss))
     ]
-    given, returned = ([event for event in events if event.place.kind == kind] for kind in ("loss", "module"))
-    stops = [[event for event in returned if event.place.name == at]] if at else [given, returned, events]
+    given, returned, squared = ([e for e in seen if e.place.kind == kind] for kind in ("loss", "module", "square"))
+    events = [event for event in seen if event.place.kind != "square"]
+    stops = [given, returned, events, given + squared]
+    if at:
+        stops = [[event for event in returned if event.place.name == at]]
     for chosen in stops:
         edges = {event.edge for event in chosen}
-        cut, direct = frontier(loss, [event for event in events if event.edge in edges], names)
+        among = seen if any(event.place.kind == "square" for event in chosen) else events
+        cut, direct = frontier(loss, [event for event in among if event.edge in edges], names)
         if cut:
             yield cut, direct
+
+
+def _is_penalty(function: ModelFunction, outputs: StepOutputs, batch: Any, cut: list[list[Event]]) -> bool:
+    """Whether something squared belongs to no samples, as weights do: it is as large on half of them."""
+    squared = {event.place: event.tensor.shape for events in cut for event in events if event.place.kind == "square"}
+    n = num_samples(batch)
+    if not squared or n == 1:
+        return False
+    try:
+        _, seen = _events(outputs, function.model, take(batch, parts_of(n)[0], n), cut)
+    except (RuntimeError, ValueError):  # a step that does not run on parts of a batch
+        return True
+    return any(place not in seen or seen[place].tensor.shape == shape for place, shape in squared.items())
 
 
 def _observe_cut(
@@ -162,7 +191,8 @@ def _observe_cut(
         (event.place,) if event.place.kind == "module" else tuple(e.place for e in events)
         for event, events in zip(main, cut)
     )
-    step_loss = StepLoss(outputs, aliases)
+    outputs, step_loss, scaled = _scaled(function, StepLoss(outputs, aliases), batch)
+    notes += scaled
     fixed = Loss(step_loss, "general")
     if known:
         _, kind, own, plain, start = known
@@ -174,6 +204,21 @@ def _observe_cut(
     return Observed(outputs, fixed, gap, [_label(events) for events in cut], direct, notes)
 
 
+def _scaled(function: ModelFunction, loss: StepLoss, batch: Any) -> tuple[StepOutputs, StepLoss, list[str]]:
+    """Parts scaled so that the loss is as curved in each, where it is a sum of squares; else as they are."""
+    outputs = loss.outputs
+    if len(outputs.places) < 2:
+        return outputs, loss, []
+    with torch.no_grad():
+        f = outputs.call(function.model, batch)
+    found = curvatures(Loss(loss, "general"), f, batch, loss.widths(f, batch))
+    if found is None or max(found) <= (1 + 1e-6) * min(found):
+        return outputs, loss, []
+    outputs = replace(outputs, scales=tuple((curvature / found[0]) ** 0.5 for curvature in found))
+    factors = ", ".join(f"{scale:.3g}" for scale in outputs.scales)
+    return outputs, replace(loss, outputs=outputs), [f"its parts are scaled as the loss weighs them: by {factors}"]
+
+
 def _first(events: list[Event]) -> Event:
     """Where a tensor is made, if a submodule makes it: what is put there reaches every use."""
     return next((event for event in events if event.place.kind == "module"), events[0])
@@ -183,6 +228,8 @@ def _label(events: list[Event]) -> str:
     """The outermost submodule that returns a tensor and the loss function that takes it, in words."""
     returned = [event.place for event in events if event.place.kind == "module"]
     given = [event.place for event in events if event.place.kind == "loss"]
+    if not returned and not given:
+        given = [event.place for event in events]
     return ", ".join(dict.fromkeys(str(place) for place in (*returned[-1:], *given)))
 
 

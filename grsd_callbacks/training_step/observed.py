@@ -26,6 +26,7 @@ class StepOutputs:
         runner: runs the step.
         places: where the tensors appear.
         axes: where the samples are in each.
+        scales: factor of each; none: 1.
         drop_ignored: whether outputs whose target a cross-entropy ignores are zero: they have no part in L.
         interacting: whether a sample's output depends on the rest of the batch, or on draws made for it.
         time_first: whether samples are along the second axis of the batch, so that their losses are not known.
@@ -35,6 +36,7 @@ class StepOutputs:
     runner: StepRunner
     places: tuple[Place, ...]
     axes: tuple[SampleAxis, ...]
+    scales: tuple[float, ...] = ()
     drop_ignored: bool = False
     interacting: bool = False
     time_first: bool = False
@@ -48,7 +50,10 @@ class StepOutputs:
         tensors = [_kept(events[0])] if self.drop_ignored else [event.tensor for event in events]
         n = num_samples(batch)
         parts = [axis.rows(tensor, n) for tensor, axis in zip(tensors, self.axes)]
-        return torch.cat(parts, 1).to(next(model.parameters()).dtype)
+        if self.scales:
+            parts = [scale * part for scale, part in zip(self.scales, parts, strict=True)]
+        joined = torch.cat(parts, 1).to(next(model.parameters()).dtype)
+        return joined if torch.is_grad_enabled() else joined.detach()
 
     def sample_losses(self, model: nn.Module, batch: Any) -> Tensor:
         """Sums of the loss function over each sample's outputs, (n,); for a loss that is one known function of f."""
@@ -140,16 +145,19 @@ class StepLoss:
         return c * function(*args, **kwargs)
 
     def _replayed(self, f: Tensor, batch: Any) -> Tensor:
-        parts = f.split(self._widths(f, batch), 1)
+        parts = f.split(self.widths(f, batch), 1)
+        if self.outputs.scales:
+            parts = tuple(part / scale for scale, part in zip(self.outputs.scales, parts, strict=True))
         put = {
-            place: partial(_shaped, part, axis=axis, wide=place.kind == "loss")
+            place: partial(_shaped, part, axis=axis, wide=place.kind != "module")
             for part, axis, places in zip(parts, self.outputs.axes, self.aliases)
             for place in places
         }
         with Tape(self.outputs.runner.model, (), put):
             return self.outputs.runner(batch)
 
-    def _widths(self, f: Tensor, batch: Any) -> list[int]:
+    def widths(self, f: Tensor, batch: Any) -> list[int]:
+        """Columns of f by place."""
         if len(self.outputs.places) == 1:
             return [f.shape[1]]
         with torch.no_grad(), Tape(self.outputs.runner.model, self.outputs.places) as tape:

@@ -43,7 +43,9 @@ class StepRunner:
     seed: int = _SEED
 
     def __call__(self, batch: Any) -> Tensor:
-        """The loss, a scalar with its graph.
+        """The loss, a scalar; with its graph where gradients are enabled.
+
+        The step itself always runs with gradients, as in training: it may differentiate its own outputs.
 
         Raises:
             ValueError: training_step returned no differentiable scalar loss.
@@ -52,9 +54,10 @@ class StepRunner:
         batch = tree_map(lambda leaf: as_floating(leaf, dtype), batch)
         if self.rebuild is not None:
             batch = self.rebuild(batch)
-        with muted(self.model):
+        with muted(self.model), torch.enable_grad():
             fix_draws(self.model, self.seed)
-            return _loss_of(self.model.training_step(batch, *self._more_arguments()))  # type: ignore[operator]
+            loss = _loss_of(self.model.training_step(batch, *self._more_arguments()))  # type: ignore[operator]
+        return loss if torch.is_grad_enabled() else loss.detach()
 
     def _more_arguments(self) -> tuple[int, ...]:
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -1,4 +1,4 @@
-"""What happens between parameters and loss in one run of a model: what submodules return, what losses are given.
+"""What happens between parameters and loss in one run: what submodules return, losses are given, and is squared.
 
 A `Tape` records these tensors with their places, and can put others in their stead. `frontier` walks the autograd
 graph back from the loss and finds the places through which all dependence on the parameters passes.
@@ -29,12 +29,16 @@ LOSS_FUNCTIONS = frozenset(
     ).split()
 )
 
+_POWERS = frozenset((torch.pow, Tensor.pow, Tensor.__pow__))
+_SQUARES = frozenset((torch.square, Tensor.square))
+_PRODUCTS = frozenset((torch.mul, Tensor.mul, Tensor.__mul__))
+
 Edge = tuple[Node, int]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor appears in a run: part `part` of call number `call` of a submodule or a loss function."""
+    """Where a tensor appears in a run: part `part` of call number `call` of a submodule, loss function or square."""
 
     kind: str
     name: str
@@ -44,6 +48,8 @@ class Place:
     def __str__(self) -> str:
         if self.kind == "loss":
             return f"what F.{self.name} is given"
+        if self.kind == "square":
+            return "what is squared" + (f" (call {self.call + 1})" if self.call else "")
         return f"the output of {self.name or 'forward'}" + (f" (call {self.call + 1})" if self.call else "")
 
 
@@ -107,7 +113,7 @@ class Tape(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in LOSS_FUNCTIONS:
-            return func(*args, **(kwargs or {}))
+            return self._other(func, args, kwargs or {})
         number = self._count("loss", func.__name__)
         given = {**dict(enumerate(args)), **(kwargs or {})}
         seen = {}
@@ -124,6 +130,18 @@ class Tape(TorchFunctionMode):
         value = func(*args, **kwargs)
         self.events += [Event(p, t, _edge(t), (func, args, kwargs), value) for p, t in seen.items()]
         return value
+
+    def _other(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A call of another function: whether it squares a tensor."""
+        if _is_square(func, args, kwargs):
+            base = args[0]
+            place = Place("square", "", self._count("square", ""), 0)
+            if self._wants(place, base):
+                self.events.append(Event(place, base, _edge(base)))
+                if place in self.replace:
+                    other = self.replace[place](base)
+                    args = tuple(other if x is base else x for x in args)
+        return func(*args, **kwargs)
 
     def _returned(self, name: str, module: nn.Module, args: Any, output: Any) -> Any:
         number = self._count("module", name)
@@ -146,6 +164,19 @@ class Tape(TorchFunctionMode):
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return False
         return value.requires_grad if self.places is None else place in self.places
+
+
+def _is_square(func: Any, args: Any, kwargs: Any) -> bool:
+    """x**2, x.square() or x * x."""
+    if kwargs or not args or not isinstance(args[0], Tensor):
+        return False
+    if func in _SQUARES:
+        return len(args) == 1
+    if len(args) != 2:
+        return False
+    return (
+        args[1] is args[0] if func in _PRODUCTS else func in _POWERS and type(args[1]) in (int, float) and args[1] == 2
+    )
 
 
 def _edge(tensor: Tensor) -> Edge | None:
