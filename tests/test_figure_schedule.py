@@ -9,12 +9,14 @@ import lightning_cases as cases
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_figures import run_python
 from test_monitor import Clock, descend, problem
 from torch import nn
 
 import grsd_callbacks.outlet
+import grsd_callbacks.sinks
 from grsd_callbacks import (
     MeasurementWarning,
     MemorySink,
@@ -292,11 +294,17 @@ def images(folder):
     return {tag: [event.step for event in read.Images(tag)] for tag in read.Tags()["images"]}
 
 
+@pytest.fixture
+def unrendered(monkeypatch):
+    """Figures are made, but an empty picture is written: rendering takes ten times as long."""
+    monkeypatch.setattr(grsd_callbacks.sinks, "picture", lambda figure: Image.new("RGB", (4, 3)))
+
+
 def callback(**options):
     return ShellDynamicsCallback(**{"num_probe": 8, "every_n_steps": 1, "figures_every_n_steps": 3, **options})
 
 
-def test_event_files_hold_figures_of_several_steps(tmp_path):
+def test_event_files_hold_figures_of_several_steps(tmp_path, unrendered):
     fitted(tmp_path, callback())
     found = images(tmp_path)
     assert {tag: found[tag] for tag in SEVEN} == dict.fromkeys(SEVEN, [3, 6, 8])
@@ -315,7 +323,7 @@ class Dies(cases.Module):
         return super().training_step(batch, batch_idx)
 
 
-def test_a_killed_run_has_left_its_figures(tmp_path):
+def test_a_killed_run_has_left_its_figures(tmp_path, unrendered):
     with pytest.raises(RuntimeError, match="cable pulled"):
         fitted(tmp_path, callback(), Dies(cases.mlp(), nn.CrossEntropyLoss()))
     assert images(tmp_path) == dict.fromkeys(SEVEN, [3, 6])
@@ -332,7 +340,7 @@ def test_fast_dev_run_draws_nothing(tmp_path, monkeypatch, options):
     assert bool(made) != bool(options) and (ours.monitor.num_failed == 0) == bool(options)
 
 
-def test_a_resumed_fit_keeps_the_cadence(tmp_path):
+def test_a_resumed_fit_keeps_the_cadence(tmp_path, unrendered):
     first = fitted(tmp_path / "a", callback(), max_epochs=1)
     first.save_checkpoint(tmp_path / "a.ckpt")
     fitted(tmp_path / "b", callback(), max_epochs=3, ckpt_path=tmp_path / "a.ckpt")
@@ -399,7 +407,7 @@ def test_it_raises_where_that_is_asked_for(monkeypatch):
         train(4, MemorySink(), figures_every_n_steps=2, on_error="raise")
 
 
-def test_training_goes_on_unchanged_where_drawing_fails(tmp_path, monkeypatch):
+def test_training_goes_on_unchanged_where_drawing_fails(tmp_path, monkeypatch, unrendered):
     monkeypatch.setattr(grsd_callbacks.figures.maps, "energy", lambda *args: 1 / 0)
     runs = {}
     for name, ours in (("plain", pl.Callback()), ("measured", callback(figures_every_n_steps=1))):
