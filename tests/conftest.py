@@ -8,6 +8,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")  # before anything imports matplotlib
 import pytest
 import torch
 
+import grsd_callbacks.sinks
 from grsd_callbacks.notice import LOGGER
 
 torch.set_num_threads(1)  # the same summation order on every machine; more only wait for each other in tests this small
@@ -46,3 +47,13 @@ def numerical_notices():
     yield kept.messages
     logger.removeHandler(kept)
     assert kept.messages == []
+
+
+@pytest.fixture
+def unrendered(monkeypatch):
+    """Figures are made, but an empty picture is written: rendering takes ten times as long."""
+    try:
+        from PIL import Image  # comes with matplotlib
+    except ImportError:
+        return
+    monkeypatch.setattr(grsd_callbacks.sinks, "picture", lambda figure: Image.new("RGB", (4, 3)))

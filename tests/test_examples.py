@@ -57,7 +57,7 @@ def test_hugging_face_model_from_its_config():
 
 
 @SMALL
-def test_resume(tmp_path, monkeypatch, capsys):
+def test_resume(tmp_path, monkeypatch, capsys, unrendered):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     callback = load("examples", "resume").main(["--steps", "40", "--logdir", str(tmp_path)])
     steps = [s.step for s in callback.history]

@@ -9,14 +9,12 @@ import lightning_cases as cases
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_figures import run_python
 from test_monitor import Clock, descend, problem
 from torch import nn
 
 import grsd_callbacks.outlet
-import grsd_callbacks.sinks
 from grsd_callbacks import (
     MeasurementWarning,
     MemorySink,
@@ -292,12 +290,6 @@ def fitted(folder, ours, module=None, **options):
 def images(folder):
     read = EventAccumulator(str(folder / "lightning_logs" / "version_0"), {"images": 0}).Reload()
     return {tag: [event.step for event in read.Images(tag)] for tag in read.Tags()["images"]}
-
-
-@pytest.fixture
-def unrendered(monkeypatch):
-    """Figures are made, but an empty picture is written: rendering takes ten times as long."""
-    monkeypatch.setattr(grsd_callbacks.sinks, "picture", lambda figure: Image.new("RGB", (4, 3)))
 
 
 def callback(**options):

@@ -30,7 +30,7 @@ from grsd_callbacks.figures import conditions_figure
 from grsd_callbacks.monitor import stopwatch
 from grsd_callbacks.renormalizability import DEFINITIONS
 
-pytestmark = pytest.mark.filterwarnings("ignore:grsd. measuring every")
+pytestmark = [pytest.mark.filterwarnings("ignore:grsd. measuring every"), pytest.mark.usefixtures("unrendered")]
 
 
 class Clock:
