@@ -1,5 +1,6 @@
 """Rules for all tests: one thread, no windows, and GPU tests wherever there is a GPU."""
 
+import gc
 import json
 import logging
 import os
@@ -18,6 +19,12 @@ import grsd_callbacks.sinks
 from grsd_callbacks.notice import LOGGER
 
 torch.set_num_threads(1)  # the same summation order on every machine; more only wait for each other in tests this small
+
+
+def pytest_collection_finish():
+    """What is there by now stays: else every search for garbage goes through all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):
