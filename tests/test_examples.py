@@ -134,7 +134,7 @@ def test_scaling_law(capsys):
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning")
-def test_overhead_benchmark_runs(tmp_path, monkeypatch):
+def test_overhead_benchmark_runs(tmp_path, monkeypatch, unrendered):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     bench = load("benchmarks", "bench_overhead")
     out = tmp_path / "overhead.json"
