@@ -324,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     print(f"hooks of a step without a measurement: {1e6 * hooks['ours']:.0f} us, idle {1e6 * hooks['idle']:.0f} us")
     share = flux_share()
     print(f"four-corner flux: {100 * share:.1f} % of an exact measurement")
-    drawing = drawing_seconds(args.logdir)
+    drawing = drawing_seconds(args.logdir, repeats=min(3, args.rounds))
     print(f"one drawing of all figures: {drawing:.2g} s of one core")
     return common.save(args, results, hook_seconds=hooks, flux_share_of_measurement=share, drawing_seconds=drawing)
 

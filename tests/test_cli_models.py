@@ -185,7 +185,7 @@ def test_lightning_checkpoints_of_the_whole_module_and_of_the_net_inside(here, t
             torch.testing.assert_close(float(s.energy.sum()), float(live[s.step].energy.sum()), rtol=1e-10, atol=0.0)
 
 
-def test_events_for_tensorboard(here):
+def test_events_for_tensorboard(here, unrendered):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(here / "ck")

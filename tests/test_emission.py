@@ -15,6 +15,7 @@ from torch.func import functional_call, jacrev
 
 from grsd_callbacks import ShellDynamicsCallback, read_json_lines, tags
 
+pytestmark = pytest.mark.usefixtures("unrendered")  # but for the run that is looked at closely
 NUM, LR = 16, 0.5
 
 # A run of 4 full-batch steps, measured every second step: the step at which each curve has its points.

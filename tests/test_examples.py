@@ -57,7 +57,7 @@ def test_hugging_face_model_from_its_config():
 
 
 @SMALL
-def test_resume(tmp_path, monkeypatch, capsys):
+def test_resume(tmp_path, monkeypatch, capsys, unrendered):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     callback = load("examples", "resume").main(["--steps", "40", "--logdir", str(tmp_path)])
     steps = [s.step for s in callback.history]
@@ -134,7 +134,7 @@ def test_scaling_law(capsys):
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning")
-def test_overhead_benchmark_runs(tmp_path, monkeypatch):
+def test_overhead_benchmark_runs(tmp_path, monkeypatch, unrendered):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     bench = load("benchmarks", "bench_overhead")
     out = tmp_path / "overhead.json"

@@ -5,9 +5,7 @@ import inspect
 import json
 import math
 import re
-import subprocess
 import sys
-import textwrap
 import warnings
 from contextlib import contextmanager
 from functools import lru_cache
@@ -489,13 +487,18 @@ cases.fit(module, cases.classes(), {folder!r}, callbacks, logger=loggers)
 """
 
 
-def script(text, folder):
+@pytest.fixture
+def script(process_of):
+    """Runs one of these texts, filled in, in a process of its own."""
     here = Path(__file__).parent
-    code = textwrap.dedent(text).format(tests=str(here), root=str(here.parent), folder=str(folder))
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+
+    def run(text, folder):
+        return process_of(text.format(tests=str(here), root=str(here.parent), folder=str(folder)))
+
+    return run
 
 
-def test_a_killed_process_leaves_all_measurements_before(tmp_path):
+def test_a_killed_process_leaves_all_measurements_before(script, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     done = script(KILLED, tmp_path)
@@ -543,7 +546,7 @@ os._exit(0)
 """
 
 
-def test_a_disk_that_is_really_full(tmp_path):
+def test_a_disk_that_is_really_full(script, tmp_path):
     """Nothing hangs on a writer whose thread has died, and the lines that fitted are whole."""
     done = script(FULL_DISK, tmp_path)
     assert done.returncode == 0, done.stderr

@@ -68,6 +68,12 @@ def draw(figure):
     return figure
 
 
+def rendered(figure):
+    """As `draw`, without the layout, which takes as long again: for what does not depend on where things are."""
+    figure.set_layout_engine("none")
+    return draw(figure)
+
+
 def mesh_of(figure):
     return next(c for c in figure.axes[0].collections if type(c).__name__ == "QuadMesh")
 
@@ -104,7 +110,7 @@ def stacked(history, name):
 @pytest.mark.parametrize("make, name", [(figures.energy_map, "energy"), (figures.dissipation_map, "dissipation")])
 def test_maps_show_the_shells_and_leave_out_what_is_negligible(make, name, time):
     history = run()
-    figure = draw(make(history, time=time))
+    figure = rendered(make(history, time=time))
     expected = stacked(history, name)
     expected = np.where(expected > 1e-6 * expected.sum(0), expected, np.nan)
     np.testing.assert_array_equal(values_of(figure, expected.shape), expected)
@@ -117,7 +123,7 @@ def test_maps_show_the_shells_and_leave_out_what_is_negligible(make, name, time)
 def test_flux_cells_are_the_intervals_between_measurements_and_centred_on_edges():
     history = run()
     history[5] = replace(history[5], flux=history[5].flux * torch.nan, reasons={"flux": "resumed"})
-    figure = draw(figures.flux_map(history))
+    figure = rendered(figures.flux_map(history))
     expected = stacked(history, "flux")[:, 1:]
     np.testing.assert_array_equal(values_of(figure, expected.shape), expected)
     x, y = limits_of(figure)
@@ -130,7 +136,7 @@ def test_upward_flux_is_red_and_downward_blue_with_white_at_zero():
     history = run([0, 1, 2])
     values = torch.zeros_like(history[1].flux)
     values[3], values[4] = 1.0, -1.0
-    mesh = mesh_of(draw(figures.flux_map([history[0], *(replace(s, flux=values) for s in history[1:])])))
+    mesh = mesh_of(rendered(figures.flux_map([history[0], *(replace(s, flux=values) for s in history[1:])])))
     assert mesh.norm.vmin == -mesh.norm.vmax
     red, blue, white = (mesh.to_rgba(x) for x in (1.0, -1.0, 0.0))
     assert red[0] > red[2] and blue[2] > blue[0] and min(white[:3]) > 0.9
@@ -138,7 +144,7 @@ def test_upward_flux_is_red_and_downward_blue_with_white_at_zero():
 
 def test_effective_rates_are_symmetric_around_one_and_negative_ones_are_crossed():
     history = run()
-    figure = draw(figures.effective_lr_map(history))
+    figure = rendered(figures.effective_lr_map(history))
     expected = stacked(history, "effective_lr")
     np.testing.assert_array_equal(values_of(figure, expected.shape), np.where(expected > 0, expected, np.nan))
     norm = mesh_of(figure).norm
@@ -149,7 +155,7 @@ def test_effective_rates_are_symmetric_around_one_and_negative_ones_are_crossed(
 
 def test_the_energy_map_carries_frontier_and_lambda_max():
     history = run()
-    figure = draw(figures.energy_map(history))
+    figure = rendered(figures.energy_map(history))
     median = frontier(GRID.edges.numpy(), stacked(history, "frozen_energy").T)
     assert np.isfinite(median).any()
     np.testing.assert_array_equal(line(figure, "frontier").get_ydata(), median)
@@ -159,8 +165,8 @@ def test_the_energy_map_carries_frontier_and_lambda_max():
 
 @pytest.mark.parametrize("make", [figures.energy_map, figures.dissipation_map])
 def test_unresolved_shells_are_hatched(make):
-    assert "not resolved" in labels(draw(make(run(krylov=True))))
-    assert "not resolved" not in labels(draw(make(run())))
+    assert "not resolved" in labels(rendered(make(run(krylov=True))))
+    assert "not resolved" not in labels(rendered(make(run())))
 
 
 def hatched(figure):
@@ -187,7 +193,7 @@ def test_dissipation_below_the_floor_of_a_kernel_is_hatched_however_narrow_its_b
     assert top > 11
     for method, below in (("lanczos", shells <= edge), ("krylov", shells < 0)):
         past = [replace(history[0], method=method), replace(history[1], method=method, **last)]
-        assert hatched(draw(figures.dissipation_map(past))) == rows_of(below | (shells == top))
+        assert hatched(rendered(figures.dissipation_map(past))) == rows_of(below | (shells == top))
 
 
 def test_without_bounds_dissipation_is_hatched_as_energy_is():
@@ -197,13 +203,13 @@ def test_without_bounds_dissipation_is_hatched_as_energy_is():
     past = [replace(s, method="randomized", resolved=resolved, **bounds) for s in run([0, 1])]
     expected = rows_of(~resolved.numpy())
     for make in (figures.energy_map, figures.dissipation_map):
-        assert hatched(draw(make(past))) == expected
+        assert hatched(rendered(make(past))) == expected
 
 
 def test_the_spectrum_shows_both_ends_and_the_law_in_its_window():
     history = run()
     fit = fit_spectrum(np.arange(1, 201) ** -1.5)
-    figure = draw(figures.spectrum_figure(history, fit))
+    figure = rendered(figures.spectrum_figure(history, fit))
     for s in (history[0], history[-1]):
         drawn = line(figure, f"step {s.step}")
         np.testing.assert_array_equal(drawn.get_xdata(), np.arange(1, 25))
@@ -217,7 +223,7 @@ def test_the_spectrum_shows_both_ends_and_the_law_in_its_window():
 
 def test_krylov_spectra_show_nodes_and_the_energy_of_each():
     history = run(krylov=True)
-    drawn = line(draw(figures.spectrum_figure(history)), "step 1000")
+    drawn = line(rendered(figures.spectrum_figure(history)), "step 1000")
     np.testing.assert_array_equal(drawn.get_xdata(), history[-1].eigenvalues.numpy())
     np.testing.assert_array_equal(drawn.get_ydata(), history[-1].weights.numpy() / 2)
     assert history[-1].weights.sum() / 2 == pytest.approx(history[-1].loss)
@@ -225,15 +231,15 @@ def test_krylov_spectra_show_nodes_and_the_energy_of_each():
 
 def test_rounding_below_the_floor_is_marked():
     history = [replace(s, eigenvalues=torch.cat([s.eigenvalues, torch.tensor([1e-20, -1e-21])])) for s in run()]
-    assert "below rounding" in labels(draw(figures.spectrum_figure(history)))
-    assert "below rounding" not in labels(draw(figures.spectrum_figure(run())))
+    assert "below rounding" in labels(rendered(figures.spectrum_figure(history)))
+    assert "below rounding" not in labels(rendered(figures.spectrum_figure(run())))
 
 
 def test_the_loss_and_its_gradient_are_drawn_against_flow_time_with_chi():
     history = run()
     t = np.logspace(-1, 2, 40)
     fit = fit_loss(t, 2 * t**-0.5)
-    figure = draw(figures.loss_figure(history, fit))
+    figure = rendered(figures.loss_figure(history, fit))
     left, right = figure.axes
     np.testing.assert_array_equal(left.lines[0].get_xdata(), [s.flow_time for s in history[1:]])
     np.testing.assert_array_equal(left.lines[0].get_ydata(), [s.loss for s in history[1:]])
@@ -246,19 +252,19 @@ def test_the_loss_and_its_gradient_are_drawn_against_flow_time_with_chi():
 def test_a_refused_fit_says_why():
     refused = fit_loss([1.0, 2.0], [1.0, 0.5])
     assert refused.refused
-    figure = draw(figures.loss_figure(run(), refused))
+    figure = rendered(figures.loss_figure(run(), refused))
     assert any("not fitted" in text for text in labels(figure))
 
 
 def test_fits_default_to_those_of_the_last_measurement():
     history = run()
     history[-1] = replace(history[-1], exponents={"a": fit_spectrum(np.arange(1, 201) ** -1.25)})
-    assert any("a = 1.25" in text for text in labels(draw(figures.spectrum_figure(history))))
+    assert any("a = 1.25" in text for text in labels(rendered(figures.spectrum_figure(history))))
 
 
 def test_transfer_rows_gain_from_columns():
     matrix = CHAIN.transfer(1.0, GRID.edges)
-    figure = draw(figures.transfer_figure(matrix, GRID))
+    figure = rendered(figures.transfer_figure(matrix, GRID))
     np.testing.assert_array_equal(values_of(figure, matrix.shape), matrix.numpy())
     axes = figure.axes[0]
     assert "giver" in axes.get_xlabel() and "receiver" in axes.get_ylabel()
@@ -316,23 +322,23 @@ def test_figures_have_the_size_of_tensorboard(make):
 
 @pytest.mark.parametrize("name", ["log-spaced", "no flow time", "tiny flow time", "one"])
 def test_flow_time_can_be_the_axis_even_where_none_has_passed(name):
-    figure = draw(figures.overview(CASES[name], time="flow_time"))
+    figure = rendered(figures.overview(CASES[name], time="flow_time"))
     (axes,) = [axes for axes in figure.axes if axes.get_title(loc="left").startswith("Shell energy")]
     left, right = axes.get_xlim()
     assert axes.get_xlabel().startswith("flow time") and np.isfinite([left, right]).all() and left < right
 
 
 def test_empty_maps_say_why():
-    assert any("first measurement" in t for t in texts(draw(figures.flux_map(run([0])))))
-    assert any("optimizer step" in t for t in texts(draw(figures.effective_lr_map(CASES["nothing known"]))))
-    assert any("every shell is empty" in t for t in texts(draw(figures.energy_map(CASES["nothing there"]))))
-    assert any("no flow time" in t for t in texts(draw(figures.loss_figure(run([0])))))
+    assert any("first measurement" in t for t in texts(rendered(figures.flux_map(run([0])))))
+    assert any("optimizer step" in t for t in texts(rendered(figures.effective_lr_map(CASES["nothing known"]))))
+    assert any("every shell is empty" in t for t in texts(rendered(figures.energy_map(CASES["nothing there"]))))
+    assert any("no flow time" in t for t in texts(rendered(figures.loss_figure(run([0])))))
 
 
 @pytest.mark.parametrize("matrix", [torch.zeros(16, 16), torch.full((16, 16), torch.nan)])
 def test_transfer_matrices_without_transfer(matrix):
     assert len(GRID.edges) == 15
-    np.testing.assert_array_equal(values_of(draw(figures.transfer_figure(matrix, GRID)), (16, 16)), matrix.numpy())
+    np.testing.assert_array_equal(values_of(rendered(figures.transfer_figure(matrix, GRID)), (16, 16)), matrix.numpy())
 
 
 @pytest.mark.parametrize(
@@ -345,7 +351,7 @@ def test_the_axis_is_logarithmic_where_the_steps_are(steps, expected):
 
 
 def test_log_spaced_cells_meet_halfway_on_the_axis():
-    x, _ = limits_of(draw(figures.energy_map(run([0, 1, 10, 100, 1000]))))
+    x, _ = limits_of(rendered(figures.energy_map(run([0, 1, 10, 100, 1000]))))
     np.testing.assert_allclose(x, [-0.5, 0.5, 10**0.5, 10**1.5, 10**2.5, 10**3.5])
 
 
@@ -353,7 +359,7 @@ def test_log_spaced_cells_meet_halfway_on_the_axis():
 
 
 def test_text_is_large_enough_and_axes_have_units():
-    figure = draw(figures.overview(run()))
+    figure = rendered(figures.overview(run()))
     for text in figure.findobj(matplotlib.text.Text):
         assert not text.get_text() or text.get_fontsize() >= 9, text.get_text()
     for axes in figure.axes:
@@ -372,7 +378,7 @@ def test_legends_stay_inside_their_axes(make, krylov):
 
 def test_a_dark_style_changes_neither_white_for_zero_nor_dark_lines():
     with matplotlib.rc_context({"axes.facecolor": "black", "figure.facecolor": "black", "text.color": "white"}):
-        figure = draw(figures.overview(run()))
+        figure = rendered(figures.overview(run()))
     for axes in figure.axes:
         if axes.get_title(loc="left"):
             assert matplotlib.colors.to_hex(axes.get_facecolor()) == "#ffffff"
@@ -458,7 +464,7 @@ def test_the_latest_transfer_is_among_them_where_it_was_measured():
     history[:2] = [replace(s, transfer=k * CHAIN.transfer(1.0, GRID.edges)) for k, s in enumerate(history[:2], 1)]
     drawn = figures.run_figures(history)
     assert set(drawn) == set(figures.FIGURES) - {"grsd_figures/collapse"}
-    figure = draw(drawn["grsd_figures/transfer"]())
+    figure = rendered(drawn["grsd_figures/transfer"]())
     np.testing.assert_array_equal(values_of(figure, (16, 16)), history[1].transfer.numpy())
 
 
@@ -516,7 +522,7 @@ import matplotlib
 matplotlib.use("svg")
 before = dict(matplotlib.rcParams)
 import test_figures as t
-for make in t.figures.run_figures(t.run()).values(): t.draw(make())
+for make in t.figures.run_figures(t.run()).values(): t.rendered(make())
 t.draw(t.figures.overview(t.run()))
 print("matplotlib.pyplot" in sys.modules, dict(matplotlib.rcParams) == before, matplotlib.get_backend())
 """

@@ -198,6 +198,11 @@ def test_float32_products_resolve_twelve_decades():
 # ---- bounds ----
 
 
+def seeds(few, all):
+    """The first few always, the others with the slow tests."""
+    return [*range(few), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(few, all))]
+
+
 def points_for(lam, b):
     """Generic edges, edges beyond both ends, and edges on and beside the Gauss nodes."""
     nodes = gauss_rule(b.factor())[0]
@@ -207,7 +212,7 @@ def points_for(lam, b):
     return torch.cat([torch.logspace(-14, 1, 46, dtype=torch.float64), ends, *beside]).sort().values
 
 
-@pytest.mark.parametrize("seed", range(32))
+@pytest.mark.parametrize("seed", seeds(12, 32))
 def test_the_truth_lies_within_the_bounds(seed):
     lam, r = random_measure(seed)
     for k in (2, 3, 5, 8, 13, 21, 34, 50):
@@ -324,7 +329,7 @@ def test_lanczos_finds_the_coefficients_of_a_factor():
     torch.testing.assert_close(U[:, :12].T @ K @ U[:, :12], T, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", seeds(8, 16))
 def test_the_truth_lies_within_the_bounds_of_lanczos(seed):
     lam, r = random_measure(seed)
     K, v = dense(lam, r, seed)

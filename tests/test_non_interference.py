@@ -52,7 +52,7 @@ CASES = {
     "krylov": Case(classifier(cases.bn_dropout), callback={"method": "krylov", "num_matvecs": 8}),
     "event files and figures": Case(classifier(cases.bn_dropout), tensorboard=True),
     "figures during the run": Case(
-        classifier(cases.bn_dropout), tensorboard=True, callback={"figures_every_n_steps": 2}
+        classifier(cases.bn_dropout), tensorboard=True, callback={"figures_every_n_steps": 4}
     ),
     "transfer": Case(classifier(cases.bn_dropout), callback={"transfer": True}),
     "pairs": Case(classifier(cases.bn_dropout), callback={"every_n_steps": 4, "pair": True}),

@@ -30,7 +30,7 @@ from grsd_callbacks.figures import conditions_figure
 from grsd_callbacks.monitor import stopwatch
 from grsd_callbacks.renormalizability import DEFINITIONS
 
-pytestmark = pytest.mark.filterwarnings("ignore:grsd. measuring every")
+pytestmark = [pytest.mark.filterwarnings("ignore:grsd. measuring every"), pytest.mark.usefixtures("unrendered")]
 
 
 class Clock:
@@ -68,7 +68,7 @@ def plain(tmp_path_factory):
 def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("measured")
     callback = RenormalizabilityCallback(num_probe=6, every_n_steps=3, **QUICK)
-    shells = ShellDynamicsCallback(num_probe=4, every_n_steps=4)
+    shells = ShellDynamicsCallback(num_probe=4, every_n_steps=4, figures=False)
     image, _ = lightning_run(folder, [callback, shells])
     return image, callback, folder
 

@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +28,6 @@ from grsd_callbacks.sinks import (
     read_json_lines,
 )
 
-ROOT = Path(__file__).parent.parent
 EDGES = (0.0, 1.0, 2.0, 4.0)
 
 
@@ -591,9 +589,8 @@ os._exit(9)
 """
 
 
-def test_a_killed_process_leaves_all_that_it_wrote(tmp_path):
-    command = [sys.executable, "-c", KILLED, str(tmp_path)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+def test_a_killed_process_leaves_all_that_it_wrote(process_of, tmp_path):
+    result = process_of(KILLED, tmp_path)
     assert result.returncode == 9, result.stderr
     expected = [("a", step, float(step)) for step in range(25)]
     for folder in ("writer", "logger/version_0"):

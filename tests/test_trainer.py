@@ -1,8 +1,6 @@
 """What people do with a Trainer: stop early, keep the best, average, resume with other arguments, measure twice."""
 
 import json
-import subprocess
-import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -12,6 +10,7 @@ import lightning_cases as cases
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 
@@ -368,33 +367,17 @@ def test_any_other_logger_takes_numbers(tmp_path):
 
 # ---- LightningCLI ----
 
-CLI = """
-import sys, warnings
-sys.path[:0] = [{tests!r}, {root!r}]
-warnings.simplefilter("ignore")
-import torch
-torch.set_num_threads(1)
-import lightning.pytorch as pl
-import lightning_cases as cases
-from lightning.pytorch.cli import LightningCLI
-from torch import nn
-import grsd_callbacks
 
 class Model(cases.Module):
     def __init__(self, width: int = 8):
         super().__init__(cases.mlp(width), nn.CrossEntropyLoss())
 
+
 class Data(pl.LightningDataModule):
     def train_dataloader(self):
         return cases.classes()
 
-cli = LightningCLI(Model, Data, seed_everything_default=0, save_config_callback=None, args=sys.argv[1:])
-(ours,) = [c for c in cli.trainer.callbacks if isinstance(c, grsd_callbacks.ShellDynamicsCallback)]
-import json
-settings = ours.monitor.settings
-print(json.dumps([[s.step for s in ours.history], str(settings.dtype), settings.params, settings.shells_per_decade,
-    ours.history[0].num_samples, ours.name, ours.monitor.loss.kind, ours.monitor.figure_schedule.every_n_steps]))
-"""
+
 TRAINER = {
     "max_epochs": 1,
     "accelerator": "cpu",
@@ -405,16 +388,27 @@ TRAINER = {
 }
 
 
-def cli(folder, *args):
-    here = Path(__file__).parent
-    code = CLI.format(tests=str(here), root=str(here.parent))
-    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=300, cwd=folder)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def test_cli_from_a_config_file(tmp_path):
+@pytest.fixture
+def cli(tmp_path, monkeypatch):
+    """Runs a command line in a folder of its own; what the callback was told, and did."""
     pytest.importorskip("jsonargparse")
+    monkeypatch.chdir(tmp_path)
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.setenv(name, "0")  # LightningCLI sets both for good
+
+    def run(*args):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = LightningCLI(Model, Data, seed_everything_default=0, save_config_callback=None, args=list(args))
+        (ours,) = [c for c in found.trainer.callbacks if isinstance(c, ShellDynamicsCallback)]
+        monitor, settings = ours.monitor, ours.monitor.settings
+        said = [str(settings.dtype), settings.params, settings.shells_per_decade, ours.history[0].num_samples]
+        return [steps(ours), *said, ours.name, monitor.loss.kind, monitor.figure_schedule.every_n_steps]
+
+    return run
+
+
+def test_cli_from_a_config_file(cli, tmp_path):
     arguments = {
         "loss": "cross_entropy",
         "probe": "auto",
@@ -436,16 +430,15 @@ def test_cli_from_a_config_file(tmp_path):
         }
     }
     (tmp_path / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
-    found = cli(tmp_path, "fit", "--config", "config.yaml")
+    found = cli("fit", "--config", "config.yaml")
     assert found == [[0, 2, 4], "torch.float64", ["net.2.*", "net.0.bias"], 4, 6, "cli", "cross_entropy", 3]
 
 
-def test_cli_from_arguments(tmp_path):
-    pytest.importorskip("jsonargparse")
+def test_cli_from_arguments(cli):
     plain = {name: str(value).lower() if isinstance(value, bool) else value for name, value in TRAINER.items()}
     words = [f"--trainer.{name}={value}" for name, value in plain.items()]
     words += ["--trainer.callbacks=grsd_callbacks.ShellDynamicsCallback"]
     words += [f"--trainer.callbacks.{a}" for a in ("every_n_steps=4", "params=net.2.*", "num_probe=5", "figures=false")]
     for word, cadence in (("auto", "auto"), ("7", 7), ("null", None)):
-        found = cli(tmp_path, "fit", *words, f"--trainer.callbacks.figures_every_n_steps={word}")
+        found = cli("fit", *words, f"--trainer.callbacks.figures_every_n_steps={word}")
         assert found == [[0, 4], "None", "net.2.*", 3, 5, "", "cross_entropy", cadence]
