@@ -14,6 +14,7 @@ import torch
 from grsd_callbacks.gram import gram_operations
 from grsd_callbacks.kernel import NTKOperator, synchronise
 from grsd_callbacks.losses import wide_dtype
+from grsd_callbacks.memory import is_out_of_memory
 from grsd_callbacks.probe import take
 
 #: largest m = n C for which "auto" considers the exact kernel, by device type
@@ -116,7 +117,9 @@ def _backward_seconds(op: NTKOperator) -> float:
 
 
 def _single_backward_seconds(op: NTKOperator) -> float:
-    """One backward pass over a single sample, what a generic row costs: a share of one over half the samples."""
+    """What a generic row costs: a share of one backward pass over half the samples, or one over all that interact."""
+    if op.function.interacting:
+        return _backward_seconds(op)
     half = slice(0, max(1, op.num_samples // 2))  # a part that any model accepts which takes batches
     one = NTKOperator(
         op.function.model,
@@ -125,7 +128,12 @@ def _single_backward_seconds(op: NTKOperator) -> float:
         outputs=op.function.extract,
         dtype=op.dtype,
     )
-    return _backward_seconds(one) / one.num_samples
+    try:
+        return _backward_seconds(one) / one.num_samples
+    except (RuntimeError, ValueError, IndexError) as error:  # nodes of a graph, say
+        if is_out_of_memory(error):
+            raise
+        return _backward_seconds(op)
 
 
 def _multiplications_per_second(op: NTKOperator, size: int = 384) -> float:

@@ -620,6 +620,65 @@ def test_physics_informed_nets_in_a_trainer(tmp_path, options):
         assert abs(snapshot.closures["dissipation"]) < 1e-5 and abs(snapshot.closures["energy"]) < 1e-5
 
 
+class Graph(pl.LightningModule):
+    """Nodes of one graph, its edges beside them, labels for some."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x, edges):
+        adjacent = torch.eye(len(x)).to(x).index_put(tuple(edges), torch.ones(edges.shape[1]).to(x))
+        return adjacent @ self.b(torch.tanh(adjacent @ self.a(x)))
+
+    def training_step(self, batch):
+        x, edges, y, labelled = batch
+        loss = F.cross_entropy(self(x, edges)[labelled], y[labelled])
+        self.log("train_loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def graph(nodes=120):
+    def draw(seed):
+        return torch.Generator().manual_seed(seed)
+
+    x, edges = torch.randn(nodes, 4, generator=draw(1)), torch.randint(nodes, (2, 3 * nodes), generator=draw(2))
+    y = torch.randint(3, (nodes,), generator=draw(3))
+    return DataLoader([(x, edges, y, torch.arange(nodes) < nodes // 2)] * 4, batch_size=None)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_probe": 20}, {"method": "exact"}])
+def test_nodes_of_a_graph_are_a_probe_together(tmp_path, options):
+    _, plain = fit(tmp_path, "plain", [], Graph, graph)
+    callback = ShellDynamicsCallback(max_overhead=None, on_error="raise", **options)
+    with pytest.warns(MeasurementWarning, match=r"does not run on \d+ of the 120 samples of a batch alone"):
+        module, image = fit(tmp_path, "measured", [callback], Graph, graph)
+    assert cases.differences(plain, image) == []
+    assert len(callback.history) > 1 and callback.monitor.num_failed == 0
+    assert all(s.num_samples == 120 and abs(s.closures["dissipation"]) < 1e-5 for s in callback.history)
+    x, edges, y, labelled = next(iter(graph()))
+    loss = F.cross_entropy(module(x, edges)[labelled], y[labelled])
+    assert callback.history[-1].loss == pytest.approx(loss.item(), rel=0.1)  # a step before
+
+
+def test_a_whole_batch_that_is_no_probe_is_told_where_it_is_measured(tmp_path):
+    """Samples that are all wanted: nothing else can be taken instead."""
+
+    class Wrong(Graph):
+        def training_step(self, batch):
+            if len(batch[0]) < 12:  # such as the last batch of an epoch
+                raise RuntimeError("too few nodes")
+            return super().training_step(batch)
+
+    callback = ShellDynamicsCallback(max_overhead=None, probe=next(iter(graph(8))))
+    with pytest.warns(MeasurementWarning, match="too few nodes"):
+        fit(tmp_path, "wrong", [callback], Wrong, graph)
+    assert callback.history == []
+
+
 def test_forward_that_does_not_fit_the_batches_gives_way_to_the_step(tmp_path):
     class Holds(Lit):
         def __init__(self):

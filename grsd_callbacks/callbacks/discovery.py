@@ -120,6 +120,13 @@ class MeasuredFunction:
         with torch.no_grad():
             return function.run(lambda: function.outputs(probe.inputs))
 
+    def run_step(self, module: nn.Module, probe: Probe, batch: Any) -> None:
+        """The training step on a probe, for whatever it raises."""
+        runner = StepRunner(module, batch_type(batch))
+        function = ModelFunction(module, params=self.options["params"], dtype=self.options["dtype"])
+        with torch.no_grad():
+            function.run(lambda: runner(probe.inputs))
+
     def observed(self, module: nn.Module, probe: Probe, batch: Any) -> Observed:
         """The training step on a probe, taken apart."""
         function = ModelFunction(module, params=self.options["params"], dtype=self.options["dtype"])

@@ -73,6 +73,9 @@ class FirstBatch:
         self._between = BetweenSteps(pl_module)
         probe = self._probe_for(trainer, model, batch).to(device_of(model))
         loss, settings = self._loss_and_settings(model, probe, batch)
+        options = dict(self._options)
+        if isinstance(self._probe, str) and probe.num_samples > (options["num_probe"] or probe.num_samples):
+            options["num_probe"] = probe.num_samples  # it could not be cut to what was asked for
         monitor = self._monitor_type(
             twin or model,
             loss,
@@ -80,7 +83,7 @@ class FirstBatch:
             total_steps=facts.total_steps(trainer),
             writer=self._sinks,
             prefix=tag_prefix(self.name),
-            **self._options,
+            **options,
             **settings,
         )
         if self._resume is not None:

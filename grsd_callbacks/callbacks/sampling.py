@@ -12,6 +12,7 @@ from grsd_callbacks.callbacks.discovery import MeasuredFunction
 from grsd_callbacks.callbacks.lightning_facts import prepared, sample_indices
 from grsd_callbacks.distributed import Group
 from grsd_callbacks.guard import preserve_object_rng, undisturbed
+from grsd_callbacks.memory import is_out_of_memory
 from grsd_callbacks.observation import choose_observe
 from grsd_callbacks.outlet import warn
 from grsd_callbacks.probe import Probe, concatenate, probe_from, samples_wanted
@@ -43,7 +44,32 @@ class Sampling:
         if not group.all(first.num_samples >= mine.stop - mine.start):
             first = self._from_data_set(trainer, module, first, wanted)
         kept = group.together(lambda: probe_from(first, mine.stop - mine.start))
-        return concatenate(group.gather(kept)) if group.size > 1 else kept
+        if group.size > 1:
+            return concatenate(group.gather(kept))
+        return kept if self._runs(module, kept, batch) else self._whole(first, kept)
+
+    def _runs(self, module: nn.Module, probe: Probe, batch: Any) -> bool:
+        """Whether the model takes some of the samples of a batch as well."""
+        try:
+            if self.function.step is None:
+                self.function.outputs(module, probe)
+            else:
+                self.function.run_step(module, probe, batch)
+        except (RuntimeError, ValueError, IndexError) as error:
+            if is_out_of_memory(error):
+                raise
+            return False
+        return True
+
+    def _whole(self, first: Probe, kept: Probe) -> Probe:
+        if kept.num_samples >= first.num_samples:
+            return kept  # what is wrong is told where it is measured
+        asked = "" if self.num_probe is None else f", not num_probe = {self.num_probe}"
+        warn(
+            f"grsd: the model does not run on {kept.num_samples} of the {first.num_samples} samples of a batch alone "
+            f"(the nodes of a graph?), so the probe is the whole batch{asked}. Give probe= for another one."
+        )
+        return first
 
     def _first_batch(self, module: nn.Module, batch: Any) -> tuple[Probe, int]:
         """The batch as a probe, and how many samples all ranks together are to have."""

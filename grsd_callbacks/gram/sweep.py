@@ -110,7 +110,7 @@ class Sweeper:
         """The forward of a part of the batch; `Irregular` for a model that does not run on parts."""
         try:
             return record(self.function, take(self.inputs, index, self.n), count)
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, IndexError) as error:
             if isinstance(error, (torch.OutOfMemoryError, Irregular)) or "out of memory" in str(error):
                 raise
             raise Irregular(f"the model does not run on {count} samples: {error}") from error

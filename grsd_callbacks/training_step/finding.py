@@ -166,7 +166,7 @@ def _is_penalty(function: ModelFunction, outputs: StepOutputs, batch: Any, cut: 
         return False
     try:
         _, seen = _events(outputs, function.model, take(batch, parts_of(n)[0], n), cut)
-    except (RuntimeError, ValueError):  # a step that does not run on parts of a batch
+    except (RuntimeError, ValueError, IndexError):  # a step that does not run on parts of a batch
         return True
     return any(place not in seen or seen[place].tensor.shape == shape for place, shape in squared.items())
 
