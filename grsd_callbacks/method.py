@@ -121,14 +121,14 @@ def _single_backward_seconds(op: NTKOperator) -> float:
     if op.function.interacting:
         return _backward_seconds(op)
     half = slice(0, max(1, op.num_samples // 2))  # a part that any model accepts which takes batches
-    one = NTKOperator(
-        op.function.model,
-        take(op.inputs, half, op.num_samples),
-        params=lambda name, p: name in op.function.parameters,
-        outputs=op.function.extract,
-        dtype=op.dtype,
-    )
     try:
+        one = NTKOperator(
+            op.function.model,
+            take(op.inputs, half, op.num_samples),
+            params=lambda name, p: name in op.function.parameters,
+            outputs=op.function.extract,
+            dtype=op.dtype,
+        )
         return _backward_seconds(one) / one.num_samples
     except (RuntimeError, ValueError, IndexError) as error:  # nodes of a graph, say
         if is_out_of_memory(error):

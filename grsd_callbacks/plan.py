@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from grsd_callbacks.functional import ModelFunction
 from grsd_callbacks.losses import wide_dtype
-from grsd_callbacks.memory import SavedBytes, graph_bytes
+from grsd_callbacks.memory import SavedBytes, graph_bytes, is_out_of_memory
 from grsd_callbacks.notice import notice
 from grsd_callbacks.paths import FORWARD_PATHS, Products
 from grsd_callbacks.probe import take
@@ -75,16 +75,30 @@ class Trial:
         function: the model as a function of its parameters.
         inputs: the whole batch of n samples.
 
-    Cost: two forwards and backwards, one J^T z and one J w on the few samples where all is well.
+    Cost: three forwards and two backwards, one J^T z and one J w on the few samples where all is well.
     """
 
     def __init__(self, function: ModelFunction, inputs: Any, n: int) -> None:
         self.function = function
-        few = n if function.interacting else max(2, n // TRIAL_SHARE)
-        self.inputs, self.num_samples = (inputs, n) if few >= n else (take(inputs, slice(0, few), n), few)
+        self.inputs, self.num_samples = inputs, n
+        few = max(2, n // TRIAL_SHARE)
+        if few < n and not function.interacting and (part := self._part(few)) is not None:
+            self.inputs, self.num_samples = part, few
         self._known = [*function.parameters.values(), *function.constants, *tree_leaves(inputs)]
         self._saved: SavedBytes | None = None
         self._products: Products | None = None
+
+    def _part(self, count: int) -> Any:
+        """The first samples; None for a model that does not run on some of a batch alone."""
+        try:
+            part = take(self.inputs, slice(0, count), self.num_samples)
+            with torch.no_grad():
+                self.function.outputs(part)
+        except (RuntimeError, ValueError, IndexError) as error:
+            if is_out_of_memory(error):
+                raise
+            return None
+        return part
 
     def lean_gap(self) -> str:
         """Why `lean_derivatives` may not be used; empty if J^T v is the same with them."""
@@ -168,9 +182,11 @@ class Trial:
         if self.function.interacting:
             return True
         half = (self.num_samples + 1) // 2
+        some = self._part(half)
+        if some is None:
+            return True
         with torch.no_grad():
-            whole = self.function.outputs(self.inputs)
-            part = self.function.outputs(take(self.inputs, slice(0, half), self.num_samples))
+            whole, part = self.function.outputs(self.inputs), self.function.outputs(some)
         eps = torch.finfo(whole.dtype).eps
         return not torch.allclose(whole[:half], part, rtol=100 * eps**0.5, atol=eps**0.5, equal_nan=True)
 

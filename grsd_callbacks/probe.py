@@ -87,13 +87,32 @@ def samples_wanted(num_outputs: int, device: torch.device) -> int:
 
 
 def take(tree: Any, index: Any, n: int) -> Any:
-    """Select samples in every tensor of `tree` whose leading dimension is n; other leaves are shared."""
+    """Select samples in every tensor of `tree` whose leading dimension is n; other leaves are shared.
+
+    Raises:
+        ValueError: another leaf holds the edges of a graph, (2, number), and some lead out of what is selected; on a
+            GPU a model that was run on that would end the process.
+    """
+    sizes: list[int] = []
 
     def select(leaf: Any) -> Any:
-        batched = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == n
-        return leaf[index] if batched else leaf
+        if not (isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == n):
+            return leaf
+        part = leaf[index]
+        sizes.append(len(part))
+        return part
 
-    return tree_map(select, tree)
+    selected = tree_map(select, tree)
+    for leaf in tree_flatten(tree)[0] if sizes and sizes[0] < n else ():
+        if _is_edges(leaf, n) and sizes[0] <= int(leaf.max()) < n:
+            raise ValueError(f"{sizes[0]} of the {n} nodes of a graph cannot be taken without the others")
+    return selected
+
+
+def _is_edges(leaf: Any, n: int) -> bool:
+    if not isinstance(leaf, Tensor) or leaf.dim() != 2 or leaf.shape[0] != 2 or n == 2 or leaf.numel() == 0:
+        return False
+    return leaf.dtype in (torch.int32, torch.int64)
 
 
 def unpack_batch(batch: Any) -> tuple[Any, Any]:

@@ -112,3 +112,14 @@ def test_a_checkpoint_holds_plain_leaves_and_the_run_gives_the_structure(tmp_pat
     assert isinstance(again.inputs, Pair) and torch.equal(again.inputs.a, torch.ones(3, 2)) and again.inputs.b == "here"
     with pytest.raises(ValueError, match="inputs have 2 parts, this run's 1"):
         restored(Probe(torch.zeros(5, 2), torch.ones(5)), loaded)
+
+
+def test_edges_of_a_graph_are_not_left_without_their_nodes():
+    x, edges = randn(6, 3), torch.tensor([[0, 1, 5], [1, 2, 0]])
+    with pytest.raises(ValueError, match="3 of the 6 nodes of a graph cannot be taken without the others"):
+        take((x, edges), slice(0, 3), 6)
+    assert take((x, edges), slice(0, 6), 6)[0].shape == (6, 3)
+    inside = torch.tensor([[0, 1], [1, 2]])
+    assert [t.shape for t in take((x, inside), slice(0, 3), 6)] == [(3, 3), (2, 2)]
+    beyond = torch.tensor([[0, 1], [1, 9]])  # no indices of these samples
+    assert take((x, beyond), slice(0, 3), 6)[1] is beyond

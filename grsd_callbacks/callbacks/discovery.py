@@ -120,8 +120,11 @@ class MeasuredFunction:
         with torch.no_grad():
             return function.run(lambda: function.outputs(probe.inputs))
 
-    def run_step(self, module: nn.Module, probe: Probe, batch: Any) -> None:
-        """The training step on a probe, for whatever it raises."""
+    def run(self, module: nn.Module, probe: Probe, batch: Any) -> None:
+        """What is measured, once on a probe, for whatever it raises."""
+        if self.step is None:
+            self.outputs(module, probe)
+            return
         runner = StepRunner(module, batch_type(batch))
         function = ModelFunction(module, params=self.options["params"], dtype=self.options["dtype"])
         with torch.no_grad():

@@ -11,7 +11,7 @@ from torch import nn
 from grsd_callbacks.callbacks.discovery import MeasuredFunction
 from grsd_callbacks.callbacks.lightning_facts import prepared, sample_indices
 from grsd_callbacks.distributed import Group
-from grsd_callbacks.guard import preserve_object_rng, undisturbed
+from grsd_callbacks.guard import DisturbedTraining, preserve_object_rng, undisturbed
 from grsd_callbacks.memory import is_out_of_memory
 from grsd_callbacks.observation import choose_observe
 from grsd_callbacks.outlet import warn
@@ -43,33 +43,28 @@ class Sampling:
         mine = group.share_of(wanted)
         if not group.all(first.num_samples >= mine.stop - mine.start):
             first = self._from_data_set(trainer, module, first, wanted)
-        kept = group.together(lambda: probe_from(first, mine.stop - mine.start))
+        count = mine.stop - mine.start
         if group.size > 1:
-            return concatenate(group.gather(kept))
-        return kept if self._runs(module, kept, batch) else self._whole(first, kept)
+            return concatenate(group.gather(group.together(lambda: probe_from(first, count))))
+        return self._cut(module, first, count, batch)
 
-    def _runs(self, module: nn.Module, probe: Probe, batch: Any) -> bool:
-        """Whether the model takes some of the samples of a batch as well."""
+    def _cut(self, module: nn.Module, first: Probe, count: int, batch: Any) -> Probe:
+        """The first samples of a batch; all of them where the model does not run on some alone."""
+        if count >= first.num_samples:
+            return probe_from(first)
         try:
-            if self.function.step is None:
-                self.function.outputs(module, probe)
-            else:
-                self.function.run_step(module, probe, batch)
-        except (RuntimeError, ValueError, IndexError) as error:
-            if is_out_of_memory(error):
+            kept = probe_from(first, count)
+            self.function.run(module, kept.to(device_of(module)), batch)
+        except Exception as error:  # a foreign forward may raise anything
+            if isinstance(error, DisturbedTraining) or is_out_of_memory(error):
                 raise
-            return False
-        return True
-
-    def _whole(self, first: Probe, kept: Probe) -> Probe:
-        if kept.num_samples >= first.num_samples:
-            return kept  # what is wrong is told where it is measured
-        asked = "" if self.num_probe is None else f", not num_probe = {self.num_probe}"
-        warn(
-            f"grsd: the model does not run on {kept.num_samples} of the {first.num_samples} samples of a batch alone "
-            f"(the nodes of a graph?), so the probe is the whole batch{asked}. Give probe= for another one."
-        )
-        return first
+            asked = "" if self.num_probe is None else f", not num_probe = {self.num_probe}"
+            warn(
+                f"grsd: the model does not run on {count} of the {first.num_samples} samples of a batch alone "
+                f"(the nodes of a graph?), so the probe is the whole batch{asked}. Give probe= for another one."
+            )
+            return probe_from(first)
+        return kept
 
     def _first_batch(self, module: nn.Module, batch: Any) -> tuple[Probe, int]:
         """The batch as a probe, and how many samples all ranks together are to have."""
