@@ -142,6 +142,12 @@ class ModelFunction:
             return _with_gradients_if_needed(lambda: call(self.model, inputs))
         return self._call(parameters, lambda: _with_gradients_if_needed(lambda: call(self.model, inputs)))
 
+    def refresh(self, inputs: Any) -> None:
+        """Bring what is observed up to date with the model; most of it does not change."""
+        update = getattr(self.extract, "refresh", None)
+        if update is not None:
+            self.run(lambda: update(self.model, tree_map(self._as_input, inputs)))
+
     def outputs(self, inputs: Any, parameters: dict[str, Tensor] | None = None) -> Tensor:
         """f, shape (n, ...), differentiable in the copies. Call inside `run`."""
         return as_outputs(self.raw(inputs, parameters), self.extract)

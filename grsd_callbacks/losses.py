@@ -82,6 +82,9 @@ class Loss:
     def scale(self, outputs: Tensor, targets: Any) -> float:
         """The scale nu: 2/m (mean squared error), one over the averaged targets (cross-entropy), 1/n else."""
         if self.nu is not None:
+            if self.kind == "squared" and getattr(self.function, "is_replayed", False):  # its weights may change
+                found = curvatures(self, outputs, targets, [outputs.shape[1:].numel()])
+                return self.nu if found is None else found[0]
             growth = getattr(self.function, "growth", None)  # of a factor that follows a schedule
             return self.nu if growth is None else self.nu * growth(targets)
         if isinstance(self.function, nn.MSELoss):
@@ -250,7 +253,7 @@ def curvatures(loss: Loss, outputs: Tensor, targets: Any, widths: Sequence[int],
         if product is None:
             return None
         found.append([])
-        for Hz, part in zip(*(x.flatten(1).split(list(widths), 1) for x in (product, z)), strict=True):
+        for Hz, part in zip(*(x.reshape(len(x), -1).split(list(widths), 1) for x in (product, z)), strict=True):
             ratio = float((Hz * part).sum() / (part * part).sum())
             if not ratio > 0 or float((Hz - ratio * part).norm()) > 1e-6 * float(Hz.norm()):
                 return None

@@ -129,6 +129,7 @@ class RenormalizabilityMonitor(ShellMonitor):
         return super()._operator() if self.team.divided else self._own_operator()
 
     def _own_operator(self) -> NTKOperator:
+        self._refresh()
         return BlockOperator(self._unsharded, self.probe.inputs, blocks=self.how.blocks, **self._function_options())
 
     def _measured(self, op: NTKOperator) -> Instant:

@@ -228,3 +228,9 @@ def test_a_callable_that_holds_float32_tensors_is_taken_in_float32():
     scales = torch.ones(2, 2)
     at = resolve_loss(lambda f, y: ((f - y) @ scales).square().mean()).evaluate(torch.randn(4, 2), torch.zeros(4, 2))
     assert at.residual.dtype == torch.float64 and bool(at.residual.isfinite().all())
+
+
+def test_one_number_a_sample_is_calibrated_too():
+    f, y = torch.randn(6, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
+    fixed = calibrate(resolve_loss(lambda a, b: 3 * (a - b).square().mean()), f, y)
+    assert fixed.kind == "squared" and fixed.nu == pytest.approx(1.0, rel=1e-12)

@@ -305,6 +305,100 @@ def test_steps_that_differentiate_their_own_outputs(kind, method):
     torch.testing.assert_close(K, J @ J.T, rtol=1e-9, atol=1e-12)
 
 
+class SamePoints(Field):
+    """The values are those of the same forward that is differentiated, and what is not needed may be missing."""
+
+    def training_step(self, batch):
+        x = batch[0].clone().requires_grad_()
+        u = self.net(x)
+        (g,) = torch.autograd.grad(u.sum(), x, create_graph=True, allow_unused=True)
+        return (g[:, 1] - u[:, 0]).pow(2).mean() + F.mse_loss(u, batch[2])
+
+
+class Penalised(SamePoints):
+    """A penalty on as many rows of weights as could be samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, N), nn.Tanh(), nn.Linear(N, 1))
+
+    def training_step(self, batch):
+        return super().training_step(batch) + 1e-5 * (2 * self.net[0].weight).square().sum()
+
+
+@pytest.mark.parametrize("kind", [SamePoints, Penalised])
+def test_values_that_are_differentiated_and_compared(kind):
+    module = seeded(kind)
+    found = observe_step(ModelFunction(module), Probe(*step_pair([*POINTS, POINTS[0].sum(1, keepdim=True)])))
+    assert len(found.outputs.places) == 2 and all(place.kind != "module" for place in found.outputs.places)
+    assert found.gap < (1e-20 if kind is SamePoints else 1e-3) and bool(found.direct) == (kind is Penalised)
+
+
+class Ritz(Field):
+    """An energy that is no function of residuals."""
+
+    def training_step(self, batch):
+        x = batch[0].clone().requires_grad_()
+        u = self.net(x)
+        (g,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        return (0.5 * g.square().sum(1) - 3 * u[:, 0]).mean()
+
+
+def test_what_cannot_be_taken_apart_is_no_wrong_use():
+    """An error that a run survives, with the remedy."""
+    module = seeded(Ritz)
+    with pytest.raises(RuntimeError, match="does not run with its outputs replaced by constants; name the submodule"):
+        observe_step(ModelFunction(module), Probe(*step_pair([*POINTS])))
+
+
+class Annealed(pl.LightningModule):
+    """The weight of one term grows with the steps, and another number is squared in some of them, for a log."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.factor = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 1)), 1.0
+
+    def training_step(self, batch):
+        x = batch[0].clone().requires_grad_()
+        u = self.net(x)
+        (g,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        loss = (g[:, 1] - 1).pow(2).mean()
+        if self.global_step % 2:
+            self.log("size", u.pow(2).mean())
+        gap = self.net(batch[1]) - batch[2]
+        loss = loss + (1 + self.global_step) * (gap * gap).mean()
+        self.log("train_loss", loss)
+        return self.factor * loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+def test_weights_of_a_sum_of_squares_may_change_during_training(tmp_path):
+    callback = ShellDynamicsCallback(max_overhead=None, num_probe=8, on_error="raise")
+    _, plain = fit(tmp_path, "plain", [], Annealed, points)
+    _, image = fit(tmp_path, "measured", [callback], Annealed, points)
+    assert cases.differences(plain, image) == [] and len(callback.history) > 4
+    for snapshot in callback.history:
+        assert abs(snapshot.closures["dissipation"]) < 1e-5 and abs(snapshot.closures["energy"]) < 1e-5
+
+
+def test_a_factor_of_a_sum_of_squares_may_change_during_training():
+    class TenTimes(Base):
+        factor = 10.0
+
+        def training_step(self, batch, batch_idx):
+            return self.factor * (self(batch[0]) - F.one_hot(batch[1], 3)).square().mean()
+
+    module, probe, found = observed(TenTimes)
+    op = NTKOperator(module, probe.inputs, outputs=found.outputs)
+    fixed = op.run(lambda: calibrate(found.loss, op.outputs, probe.targets))
+    module.factor = 3.0
+    instant = measure(module, probe, fixed, Settings(outputs=found.outputs))
+    assert instant.nu == pytest.approx(6 / (3 * N), rel=1e-9)
+    assert float(instant.budget.energy.sum()) == pytest.approx(instant.loss, rel=1e-9)
+
+
 class Drawn(Field):
     """As many random points as the batch has samples."""
 
@@ -672,19 +766,22 @@ def test_nodes_of_a_graph_are_a_probe_together(tmp_path, options):
     assert callback.history[-1].loss == pytest.approx(loss.item(), rel=0.1)  # a step before
 
 
-def test_a_whole_batch_that_is_no_probe_is_told_where_it_is_measured(tmp_path):
-    """Samples that are all wanted: nothing else can be taken instead."""
+def test_a_resumed_run_keeps_its_graph(tmp_path):
+    """Though another number of samples was asked for than the probe has."""
 
-    class Wrong(Graph):
-        def training_step(self, batch):
-            if len(batch[0]) < 12:  # such as the last batch of an epoch
-                raise RuntimeError("too few nodes")
-            return super().training_step(batch)
+    def graphs(first):
+        return lambda: DataLoader([next(iter(graph(60 + k))) for k in range(first, first + 3)], batch_size=None)
 
-    callback = ShellDynamicsCallback(max_overhead=None, probe=next(iter(graph(8))))
-    with pytest.warns(MeasurementWarning, match="too few nodes"):
-        fit(tmp_path, "wrong", [callback], Wrong, graph)
-    assert callback.history == []
+    def ours():
+        return ShellDynamicsCallback(max_overhead=None, num_probe=20, on_error="raise")
+
+    with pytest.warns(MeasurementWarning, match="does not run on 20 of the 60 samples"):
+        first = ours()
+        cases.fit(Graph(), graphs(0)(), tmp_path / "a", [first], max_epochs=1).save_checkpoint(tmp_path / "a.ckpt")
+    second = ours()
+    cases.fit(Graph(), graphs(5)(), tmp_path / "b", [second], max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
+    assert [s.num_samples for s in second.history] == [60] * len(second.history)
+    assert second.history[0].step == 0 and second.history[-1].step > first.history[-1].step
 
 
 def test_forward_that_does_not_fit_the_batches_gives_way_to_the_step(tmp_path):

@@ -86,6 +86,7 @@ class FirstBatch:
             **options,
             **settings,
         )
+        monitor._arguments["num_probe"] = self._num_probe  # what was asked for, to be compared when it is resumed
         if self._resume is not None:
             monitor.load_state_dict(self._resume)
             self._resume = None

@@ -115,7 +115,14 @@ class Measurer:
             self.team.group.together(self._twin.refresh)
 
     def _operator(self) -> NTKOperator:
+        self._refresh()
         return self.team.operator(self._unsharded, self.probe.inputs, **self._function_options())
+
+    def _refresh(self) -> None:
+        """Follow the weights that a training step's loss gives its terms."""
+        if getattr(self.settings.outputs, "scales", None) is not None:
+            options = {name: getattr(self.settings, name) for name in ("params", "outputs", "dtype")}
+            ModelFunction(self._unsharded, **options).refresh(self.probe.inputs)
 
     def _function_options(self) -> dict[str, Any]:
         names = ("params", "outputs", "dtype", "memory_limit", "gram_dtype")

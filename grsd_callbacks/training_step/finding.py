@@ -13,16 +13,19 @@ from torch.nn.modules.loss import _Loss
 from torch.utils._pytree import tree_map
 
 from grsd_callbacks.functional import ModelFunction
-from grsd_callbacks.losses import Loss, curvatures, wide_dtype
+from grsd_callbacks.guard import DisturbedTraining
+from grsd_callbacks.losses import Loss, wide_dtype
 from grsd_callbacks.memory import is_out_of_memory
 from grsd_callbacks.probe import Probe, num_samples, take
 from grsd_callbacks.sample_axis import SampleAxis, has_time_first, parts_of, sample_axes, time_first_note
-from grsd_callbacks.training_step.observed import StepLoss, StepOutputs
+from grsd_callbacks.training_step.observed import Scales, StepLoss, StepOutputs
 from grsd_callbacks.training_step.runner import REMEDY, StepRunner
 from grsd_callbacks.training_step.tape import Event, Place, Tape, frontier, slope
 
 #: |grad L - J^T dL/df|^2 / |grad L|^2 above which dependence on the parameters is said to bypass f, by dtype
 GAP_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
+#: and above which f says too little of the loss to be measured
+_USELESS = 0.9
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,43 +104,55 @@ def warning_of_gap(found: Observed) -> str:
 
 def _observed(function: ModelFunction, probe: Probe, at: str, runner: StepRunner) -> Observed:
     batch = tree_map(lambda leaf: leaf.to(function.device) if isinstance(leaf, Tensor) else leaf, probe.inputs)
-    n = num_samples(batch)
     with torch.enable_grad(), Tape(function.model) as tape:
         loss = runner(batch)
     if not loss.requires_grad:
         raise ValueError(f"training_step's loss does not depend on the measured parameters; {REMEDY}")
     best: Observed | None = None
-    failure: RuntimeError | None = None
-    for cut, direct in _cuts(loss, tape, function, n, at):
+    failure: Exception | None = None
+    for cut, direct, at_use in _ways(_cuts(loss, tape, function, runner, batch, at)):
         try:
-            found = _observe_cut(function, runner, batch, loss, cut, direct)
-        except RuntimeError as error:  # a step that differentiates f takes no constant in its stead
-            if is_out_of_memory(error):
+            found = _observe_cut(function, runner, batch, loss, cut, direct, at_use=at_use)
+        except Exception as error:  # a step that differentiates f takes no constant in its stead
+            if is_out_of_memory(error) or isinstance(error, DisturbedTraining):
                 raise
             failure = failure or error
             continue
-        if _is_penalty(function, found.outputs, batch, cut):
-            continue
-        if best is None or found.gap < best.gap:
+        if found.gap < _USELESS and (best is None or found.gap < 0.9 * best.gap):
             best = found
-        if best.gap <= GAP_TOLERANCE.get(function.dtype, 1e-6):
+        if best is not None and best.gap <= GAP_TOLERANCE.get(function.dtype, 1e-6):
             break
-    if best is None and failure is not None:
-        raise failure
-    if best is None:
-        raise ValueError(
-            f"outputs='training_step:{at}': what {at!r} returns does not reach the loss; name another submodule"
-            if at
-            else f"training_step: no output with one row per sample was found between parameters and loss; {REMEDY}"
-        )
-    return best
+    if best is not None:
+        return best
+    if failure is not None:
+        raise RuntimeError(f"training_step does not run with its outputs replaced by constants; {REMEDY}") from failure
+    raise ValueError(
+        f"outputs='training_step:{at}': what {at!r} returns does not reach the loss; name another submodule"
+        if at
+        else f"training_step: no output with one row per sample was found between parameters and loss; {REMEDY}"
+    )
+
+
+_Cut = list[list[Event]]
+
+
+def _ways(cuts: Iterator[tuple[_Cut, list[str]]]) -> Iterator[tuple[_Cut, list[str], bool]]:
+    """Each cut with its tensors replaced where they are made; then where they are used alone, if that is elsewhere.
+
+    A step that differentiates what a submodule returns needs it as it is, but the loss takes another.
+    """
+    for cut, direct in cuts:
+        yield cut, direct, False
+        kinds = [{event.place.kind == "module" for event in events} for events in cut]
+        if any(len(kind) > 1 for kind in kinds) and all(False in kind for kind in kinds):
+            yield cut, direct, True
 
 
 def _cuts(
-    loss: Tensor, tape: Tape, function: ModelFunction, n: int, at: str
-) -> Iterator[tuple[list[list[Event]], list[str]]]:
+    loss: Tensor, tape: Tape, function: ModelFunction, runner: StepRunner, batch: Any, at: str
+) -> Iterator[tuple[_Cut, list[str]]]:
     """Sets of tensors that f may be made of, the best first, with the parameters that bypass them."""
-    names = {id(p): name for name, p in function.parameters.items()}
+    names, n = {id(p): name for name, p in function.parameters.items()}, num_samples(batch)
     modules = dict(function.model.named_modules())
     seen = [
         event
@@ -147,33 +162,51 @@ def _cuts(
     ]
     given, returned, squared = ([e for e in seen if e.place.kind == kind] for kind in ("loss", "module", "square"))
     events = [event for event in seen if event.place.kind != "square"]
-    stops = [given, returned, events, given + squared]
-    if at:
-        stops = [[event for event in returned if event.place.name == at]]
-    for chosen in stops:
+
+    def cut(chosen: list[Event], among: list[Event]) -> Iterator[tuple[_Cut, list[str]]]:
         edges = {event.edge for event in chosen}
-        among = seen if any(event.place.kind == "square" for event in chosen) else events
-        cut, direct = frontier(loss, [event for event in among if event.edge in edges], names)
-        if cut:
-            yield cut, direct
+        found, direct = frontier(loss, [event for event in among if event.edge in edges], names)
+        if found:
+            yield found, direct
+
+    if at:
+        yield from cut([event for event in returned if event.place.name == at], events)
+        return
+    for chosen in (given, returned, events):
+        yield from cut(chosen, events)
+    squared = _of_samples(squared, function, runner, batch)
+    if squared:
+        yield from cut(given + squared, [e for e in seen if e.place.kind != "square" or e in squared])
 
 
-def _is_penalty(function: ModelFunction, outputs: StepOutputs, batch: Any, cut: list[list[Event]]) -> bool:
-    """Whether something squared belongs to no samples, as weights do: it is as large on half of them."""
-    squared = {event.place: event.tensor.shape for events in cut for event in events if event.place.kind == "square"}
+def _of_samples(squared: list[Event], function: ModelFunction, runner: StepRunner, batch: Any) -> list[Event]:
+    """Squares of what belongs to samples, and not to weights, say: fewer numbers for fewer samples."""
     n = num_samples(batch)
     if not squared or n == 1:
-        return False
+        return squared
     try:
-        _, seen = _events(outputs, function.model, take(batch, parts_of(n)[0], n), cut)
-    except (RuntimeError, ValueError, IndexError):  # a step that does not run on parts of a batch
-        return True
-    return any(place not in seen or seen[place].tensor.shape == shape for place, shape in squared.items())
+        with torch.no_grad(), Tape(function.model, {event.place for event in squared}) as tape:
+            runner(take(batch, parts_of(n)[0], n))
+    except Exception as error:  # a step that does not run on parts of a batch
+        if is_out_of_memory(error):
+            raise
+        return []
+    fewer = {event.place: event.tensor.shape for event in tape.events}
+    return [event for event in squared if event.place in fewer and fewer[event.place] != event.tensor.shape]
 
 
 def _observe_cut(
-    function: ModelFunction, runner: StepRunner, batch: Any, loss: Tensor, cut: list[list[Event]], direct: list[str]
+    function: ModelFunction,
+    runner: StepRunner,
+    batch: Any,
+    loss: Tensor,
+    cut: _Cut,
+    direct: list[str],
+    *,
+    at_use: bool = False,
 ) -> Observed:
+    if at_use:
+        cut = [[event for event in events if event.place.kind != "module"] for events in cut]
     known = _known_loss(cut, loss)
     main = [known[0]] if known else [_first(events) for events in cut]
     outputs = StepOutputs(runner, tuple(event.place for event in main), (SampleAxis(),) * len(main))
@@ -191,8 +224,14 @@ def _observe_cut(
         (event.place,) if event.place.kind == "module" else tuple(e.place for e in events)
         for event, events in zip(main, cut)
     )
-    outputs, step_loss, scaled = _scaled(function, StepLoss(outputs, aliases), batch)
-    notes += scaled
+    step_loss = StepLoss(outputs, aliases)
+    scales = Scales(step_loss)
+    if len(cut) > 1 and scales.update(function.model, batch):
+        outputs = replace(outputs, scales=scales)
+        step_loss = StepLoss(outputs, aliases)
+        if max(scales.values) > (1 + 1e-5) * min(scales.values):
+            factors = ", ".join(f"{scale:.3g}" for scale in scales.values)
+            notes.append(f"its parts are scaled as the loss weighs them: by {factors}")
     fixed = Loss(step_loss, "general")
     if known:
         _, kind, own, plain, start = known
@@ -202,21 +241,6 @@ def _observe_cut(
     if gap > GAP_TOLERANCE.get(function.dtype, 1e-6):
         fixed = replace(fixed, function=replace(fixed.function, complete=False))  # type: ignore[type-var]
     return Observed(outputs, fixed, gap, [_label(events) for events in cut], direct, notes)
-
-
-def _scaled(function: ModelFunction, loss: StepLoss, batch: Any) -> tuple[StepOutputs, StepLoss, list[str]]:
-    """Parts scaled so that the loss is as curved in each, where it is a sum of squares; else as they are."""
-    outputs = loss.outputs
-    if len(outputs.places) < 2:
-        return outputs, loss, []
-    with torch.no_grad():
-        f = outputs.call(function.model, batch)
-    found = curvatures(Loss(loss, "general"), f, batch, loss.widths(f, batch))
-    if found is None or max(found) <= (1 + 1e-6) * min(found):
-        return outputs, loss, []
-    outputs = replace(outputs, scales=tuple((curvature / found[0]) ** 0.5 for curvature in found))
-    factors = ", ".join(f"{scale:.3g}" for scale in outputs.scales)
-    return outputs, replace(loss, outputs=outputs), [f"its parts are scaled as the loss weighs them: by {factors}"]
 
 
 def _first(events: list[Event]) -> Event:

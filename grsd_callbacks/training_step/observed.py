@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from grsd_callbacks.losses import Loss, curvatures
 from grsd_callbacks.probe import num_samples
 from grsd_callbacks.sample_axis import SampleAxis
 from grsd_callbacks.training_step.runner import StepRunner, as_floating
@@ -26,7 +28,7 @@ class StepOutputs:
         runner: runs the step.
         places: where the tensors appear.
         axes: where the samples are in each.
-        scales: factor of each; none: 1.
+        scales: a factor of each, where the loss is a sum of squares.
         drop_ignored: whether outputs whose target a cross-entropy ignores are zero: they have no part in L.
         interacting: whether a sample's output depends on the rest of the batch, or on draws made for it.
         time_first: whether samples are along the second axis of the batch, so that their losses are not known.
@@ -36,7 +38,7 @@ class StepOutputs:
     runner: StepRunner
     places: tuple[Place, ...]
     axes: tuple[SampleAxis, ...]
-    scales: tuple[float, ...] = ()
+    scales: Scales | None = None
     drop_ignored: bool = False
     interacting: bool = False
     time_first: bool = False
@@ -50,10 +52,15 @@ class StepOutputs:
         tensors = [_kept(events[0])] if self.drop_ignored else [event.tensor for event in events]
         n = num_samples(batch)
         parts = [axis.rows(tensor, n) for tensor, axis in zip(tensors, self.axes)]
-        if self.scales:
-            parts = [scale * part for scale, part in zip(self.scales, parts, strict=True)]
+        if self.scales is not None:
+            parts = [scale * part for scale, part in zip(self.scales.values, parts, strict=True)]
         joined = torch.cat(parts, 1).to(next(model.parameters()).dtype)
         return joined if torch.is_grad_enabled() else joined.detach()
+
+    def refresh(self, model: nn.Module, batch: Any) -> None:
+        """Take the loss's weights of its parts as they are now; inside `ModelFunction.run`."""
+        if self.scales is not None:
+            self.scales.update(model, batch)
 
     def sample_losses(self, model: nn.Module, batch: Any) -> Tensor:
         """Sums of the loss function over each sample's outputs, (n,); for a loss that is one known function of f."""
@@ -112,6 +119,11 @@ class StepLoss:
         return self._known(f, batch) if self.exact else self._replayed(f, batch)
 
     @property
+    def is_replayed(self) -> bool:
+        """Whether L is the step itself, run again, with whatever weights it has by now."""
+        return not self.exact
+
+    @property
     def is_plain_cross_entropy(self) -> bool:
         """Whether the energies have the meaning they have for a plain cross-entropy."""
         return self.plain
@@ -146,8 +158,8 @@ class StepLoss:
 
     def _replayed(self, f: Tensor, batch: Any) -> Tensor:
         parts = f.split(self.widths(f, batch), 1)
-        if self.outputs.scales:
-            parts = tuple(part / scale for scale, part in zip(self.outputs.scales, parts, strict=True))
+        if self.outputs.scales is not None:
+            parts = tuple(part / scale for scale, part in zip(self.outputs.scales.values, parts, strict=True))
         put = {
             place: partial(_shaped, part, axis=axis, wide=place.kind != "module")
             for part, axis, places in zip(parts, self.outputs.axes, self.aliases)
@@ -163,6 +175,35 @@ class StepLoss:
         with torch.no_grad(), Tape(self.outputs.runner.model, self.outputs.places) as tape:
             self.outputs.runner(batch)
         return [tape.at(place).tensor.numel() // f.shape[0] for place in self.outputs.places]
+
+
+class Scales:
+    """Factors by which the parts of f are multiplied, so that the loss is equally curved in all of them.
+
+    The weights of a loss's terms may change during training; `update` follows them.
+
+    Args:
+        loss: of the parts as they are.
+
+    Attributes:
+        values: one for each part, the first 1.
+    """
+
+    def __init__(self, loss: StepLoss) -> None:
+        self._loss = loss
+        self.values = (1.0,) * len(loss.outputs.places)
+
+    def update(self, model: nn.Module, batch: Any) -> bool:
+        """Whether the loss is a sum of squares; if it is, scale by its curvatures at the present parameters."""
+        with torch.no_grad():
+            f = self._loss.outputs.call(model, batch)
+        found = curvatures(Loss(self._loss, "general"), f, batch, self._loss.widths(f, batch))
+        if found is None:
+            return False
+        values = tuple((curvature / found[0]) ** 0.5 for curvature in found)
+        if not all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(values, self.values, strict=True)):
+            self.values = values
+        return True
 
 
 def _shaped(part: Tensor, like: Tensor, axis: SampleAxis, wide: bool = True) -> Tensor:

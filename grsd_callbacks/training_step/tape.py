@@ -6,6 +6,8 @@ graph back from the loss and finds the places through which all dependence on th
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +31,7 @@ LOSS_FUNCTIONS = frozenset(
     ).split()
 )
 
+_TORCH = os.path.dirname(torch.__file__) + os.sep
 _POWERS = frozenset((torch.pow, Tensor.pow, Tensor.__pow__))
 _SQUARES = frozenset((torch.square, Tensor.square))
 _PRODUCTS = frozenset((torch.mul, Tensor.mul, Tensor.__mul__))
@@ -49,7 +52,7 @@ class Place:
         if self.kind == "loss":
             return f"what F.{self.name} is given"
         if self.kind == "square":
-            return "what is squared" + (f" (call {self.call + 1})" if self.call else "")
+            return f"what is squared in {self.name.split(' < ')[0]}" + (f" (call {self.call + 1})" if self.call else "")
         return f"the output of {self.name or 'forward'}" + (f" (call {self.call + 1})" if self.call else "")
 
 
@@ -135,7 +138,8 @@ class Tape(TorchFunctionMode):
         """A call of another function: whether it squares a tensor."""
         if _is_square(func, args, kwargs):
             base = args[0]
-            place = Place("square", "", self._count("square", ""), 0)
+            site = _call_site()
+            place = Place("square", site, self._count("square", site), 0)
             if self._wants(place, base):
                 self.events.append(Event(place, base, _edge(base)))
                 if place in self.replace:
@@ -164,6 +168,23 @@ class Tape(TorchFunctionMode):
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return False
         return value.requires_grad if self.places is None else place in self.places
+
+
+def _call_site() -> str:
+    """The lines of a program that have led to a call, up to its training step: file:line < file:line < ...
+
+    Squares are told apart by them, so that one which is not made in every run (for a log, say) shifts no other.
+    """
+    frame = sys._getframe(2)
+    lines: list[str] = []
+    while frame.f_back is not None:
+        code = frame.f_code
+        if code.co_filename != __file__ and not code.co_filename.startswith(_TORCH):
+            lines.append(f"{os.path.basename(code.co_filename)}:{frame.f_lineno}")
+            if code.co_name == "training_step":
+                break
+        frame = frame.f_back
+    return " < ".join(lines)
 
 
 def _is_square(func: Any, args: Any, kwargs: Any) -> bool:
