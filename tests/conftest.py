@@ -121,7 +121,9 @@ def process_of(copies, tmp_path_factory):
             return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         copies.stdin.write(json.dumps([str(script), words, str(out), str(err)]) + "\n")
         copies.stdin.flush()
-        assert select.select([copies.stdout], [], [], 300)[0], "the process hangs"
+        if not select.select([copies.stdout], [], [], 300)[0]:
+            os.killpg(copies.pid, signal.SIGKILL)  # or its answer would be taken for the next one's
+            pytest.fail("the process hangs")
         code = int(copies.stdout.readline())
         return subprocess.CompletedProcess([str(script), *words], code, out.read_text(), err.read_text())
 

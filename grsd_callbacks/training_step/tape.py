@@ -86,6 +86,7 @@ class Tape(TorchFunctionMode):
         self.model = model
         self.replace = dict(replace or {})
         self.places = None if places is None else {*places, *self.replace}
+        self._sees_squares = self.places is None or any(place.kind == "square" for place in self.places)
         self.events: list[Event] = []
         self._calls: dict[tuple[str, str], int] = {}
         self._handles: list[Any] = []
@@ -136,7 +137,7 @@ class Tape(TorchFunctionMode):
 
     def _other(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A call of another function: whether it squares a tensor."""
-        if _is_square(func, args, kwargs):
+        if self._sees_squares and _is_square(func, args, kwargs):
             base = args[0]
             site = _call_site()
             place = Place("square", site, self._count("square", site), 0)
