@@ -92,8 +92,7 @@ class Trial:
         """The first samples; None for a model that does not run on some of a batch alone."""
         try:
             part = take(self.inputs, slice(0, count), self.num_samples)
-            with torch.no_grad():
-                self.function.outputs(part)
+            self.function.outputs(part)
         except (RuntimeError, ValueError, IndexError) as error:
             if is_out_of_memory(error):
                 raise

@@ -125,7 +125,10 @@ def _observed(function: ModelFunction, probe: Probe, at: str, runner: StepRunner
     if best is not None:
         return best
     if failure is not None:
-        raise RuntimeError(f"training_step does not run with its outputs replaced by constants; {REMEDY}") from failure
+        why = str(failure) or type(failure).__name__
+        raise RuntimeError(
+            f"training_step does not run with its outputs replaced by constants; {REMEDY} ({why})"
+        ) from failure
     raise ValueError(
         f"outputs='training_step:{at}': what {at!r} returns does not reach the loss; name another submodule"
         if at
