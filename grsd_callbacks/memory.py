@@ -29,8 +29,8 @@ def graph_memory(device: torch.device) -> int:
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     """Uninitialised numbers of the dtype and on the device of `like`, in huge pages where a CPU offers them.
 
-    The first touch of fresh memory costs as much as several passes over it; by huge pages a tenth. Torch asks for them
-    only under THP_MEM_ALLOC_ENABLE=1, numpy always.
+    The first touch of fresh memory costs as much as many passes over it, and several times less by huge pages. Torch
+    asks for them only under THP_MEM_ALLOC_ENABLE=1, numpy always.
     """
     size = math.prod(shape) * like.element_size()
     if like.device.type != "cpu" or size < _HUGE:

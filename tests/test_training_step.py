@@ -505,6 +505,19 @@ def test_dependence_that_bypasses_the_function_is_told_with_its_size():
     assert float(instant.budget.dissipation.sum()) == pytest.approx(instant.grad_norm_sq, rel=1e-9)
 
 
+def test_a_penalty_that_outweighs_the_loss_is_told_and_the_loss_measured():
+    """As where training has nearly converged: the gradients of both are large, that of their sum is small."""
+
+    class Heavy(Base):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch[0]), batch[1]) + 100 * self.head.weight.square().sum()
+
+    for at in ("", "head"):
+        _, _, found = observed(Heavy, at)
+        assert found.gap > 0.95 and found.loss.kind == "cross_entropy" and found.direct == ["head.weight"]
+        assert "on head.weight directly" in warning_of_gap(found)
+
+
 def test_a_submodule_that_does_not_cut_is_told():
     _, _, found = observed(Classes, "body")
     assert 0.01 < found.gap < 1 and "head.weight" in found.direct

@@ -24,7 +24,7 @@ from grsd_callbacks.training_step.tape import Event, Place, Tape, frontier, slop
 
 #: |grad L - J^T dL/df|^2 / |grad L|^2 above which dependence on the parameters is said to bypass f, by dtype
 GAP_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
-#: and above which f says too little of the loss to be measured
+#: and above which squares are no residuals: they say too little of the loss to be measured
 _USELESS = 0.9
 
 
@@ -118,9 +118,11 @@ def _observed(function: ModelFunction, probe: Probe, at: str, runner: StepRunner
                 raise
             failure = failure or error
             continue
-        if found.gap < _USELESS and (best is None or found.gap < 0.9 * best.gap):
+        if found.gap >= _USELESS and any(event.place.kind == "square" for events in cut for event in events):
+            continue
+        if best is None or found.gap < 0.9 * best.gap:
             best = found
-        if best is not None and best.gap <= GAP_TOLERANCE.get(function.dtype, 1e-6):
+        if best.gap <= GAP_TOLERANCE.get(function.dtype, 1e-6):
             break
     if best is not None:
         return best
